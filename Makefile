@@ -1,0 +1,54 @@
+# `make help` lists the targets. Everything is set up on first use in $(VENV); nothing needs a GPU, a hub login or a server.
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUT := out/quickstart
+# The first of these that is a working Python >= 3.11 with venv; `make PYTHON=/path/to/python` overrides it.
+CANDIDATES := python3.11 python3 python3.12 python3.13 python3.14
+WORKS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(WORKS)' >/dev/null 2>&1 && echo $$p && break; done)
+# Tests and the quickstart never ask a hub for anything.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-system soak check bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*##/\1 :/p' Makefile | awk -F ' : ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## create the virtual environment and install everything, once
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv found; name one: make PYTHON=/path/to/python" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV) (about 2 GB; a few minutes the first time)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: setup  ## the main job, offline: a split fine-tune, an adapter at the end
+	rm -rf $(OUT)
+	$(OFFLINE) $(BIN)/splitllm train recipes/quickstart.yaml --output-dir $(OUT)
+
+test: setup  ## the fast tests
+	$(OFFLINE) $(BIN)/pytest -q -m "not system and not soak" -n $(WORKERS) $(ARGS)
+
+test-system: setup  ## real processes and engines
+	$(OFFLINE) $(BIN)/pytest -q -m system $(ARGS)
+
+soak: setup  ## the long runs
+	$(OFFLINE) $(BIN)/pytest -q -m soak $(ARGS)
+
+check: setup  ## lint, format, types, spelling, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+
+bench: setup  ## the benchmarks
+	$(OFFLINE) $(BIN)/python scripts/bench_split.py $(ARGS)
+
+clean:  ## remove the virtual environment, the quickstart's output and caches
+	rm -rf .venv $(OUT) build dist splitllm.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,148 @@
+"""The command line: parsing only. Exit status: 0 done, 1 the run failed, 2 the recipe or the command line is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitllm import __version__
+from splitllm.errors import PeerError, RecipeError, RunInterrupted, SplitLLMError
+
+app = typer.Typer(
+    name="splitllm",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Changes to the recipe; values in YAML.", show_default=False),
+]
+OutputDir = Annotated[Path, typer.Option("--output-dir", help="The folder to write.", show_default=False)]
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    app()
+
+
+def _examples(*commands: str) -> str:
+    """Text for the end of a command's help, which click must not rewrap (its mark for that is a backspace)."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"splitllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=_examples(
+        "splitllm train recipes/quickstart.yaml --output-dir out/quickstart",
+    )
+)
+def _splitllm(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fine-tune a transformer split over client, edge and cloud; a PEFT adapter comes out."""
+
+
+@app.command(
+    epilog=_examples(
+        "splitllm train recipes/quickstart.yaml --output-dir out/quickstart",
+        "splitllm train recipes/quickstart.yaml train.steps=50 'split.cuts=[1, 3]' --output-dir out/short",
+        "splitllm train recipes/quickstart.yaml --output-dir out/quickstart --resume",
+    )
+)
+def train(
+    recipe: RecipePath,
+    output_dir: OutputDir,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in DIR.")] = False,
+) -> None:
+    """Run every tier of a recipe on this machine."""
+    with _errors_as_lines():
+        from splitllm.recipe import load_recipe
+
+        wanted = load_recipe(recipe, overrides or ())
+        from splitllm.train import train as run
+
+        run(wanted, output_dir=output_dir, resume=resume)
+
+
+@app.command(
+    epilog=_examples(
+        "splitllm validate recipes/quickstart.yaml train.steps=50",
+    )
+)
+def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check a recipe, its model and its data; say what leaves the device."""
+    with _errors_as_lines():
+        from splitllm.recipe import load_recipe
+
+        wanted = load_recipe(recipe, overrides or ())
+        from splitllm.preflight import check, describe
+
+        problems = check(wanted)
+        if problems:
+            raise RecipeError(problems)
+        for line in describe(wanted):
+            typer.echo(line)
+
+
+@app.command(
+    epilog=_examples(
+        "splitllm merge out/quickstart/adapter --base recipes/quickstart-base --output-dir out/merged",
+    )
+)
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.", show_default=False)],
+    base: Annotated[str, typer.Option("--base", help="The unsplit base: a folder or a hub name.", show_default=False)],
+    output_dir: OutputDir,
+) -> None:
+    """Merge an adapter into its base: a plain Hugging Face model."""
+    with _errors_as_lines():
+        from splitllm.model.export import merge as run
+
+        run(adapter, base, output_dir)
+
+
+@contextmanager
+def _errors_as_lines() -> Iterator[None]:
+    """Turns expected errors into lines on stderr and an exit status; a defect keeps its traceback."""
+    try:
+        yield
+    except RunInterrupted as error:
+        _fail(str(error), status=1)
+    except KeyboardInterrupt:
+        _fail("interrupted", status=1)
+    except SplitLLMError as error:
+        _fail(str(error), status=1 if isinstance(error, PeerError) else 2)
+    except OSError as error:
+        _fail(_os_error_line(error), status=1, every_rank=True)
+
+
+def _fail(message: str, *, status: int, every_rank: bool = False) -> None:
+    """Ends the command. Of several ranks (`accelerate launch`) the first speaks or, for trouble of its own, each."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        typer.echo(message, err=True)
+    elif every_rank:
+        typer.echo(f"rank {rank}: {message}", err=True)
+    raise typer.Exit(status)
+
+
+def _os_error_line(error: OSError) -> str:
+    text = " ".join(str(error).split()) if error.strerror is None else error.strerror
+    return f"{error.filename}: {text}" if error.filename is not None else text or type(error).__name__

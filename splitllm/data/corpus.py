@@ -1,0 +1,177 @@
+"""From the recipe's `data` section to every client's examples: read, tokenise, hold out, deal, pack."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from splitllm.data.examples import Example
+from splitllm.data.formats import to_examples
+from splitllm.data.packing import pack
+from splitllm.data.partition import field_values, partition
+from splitllm.data.rows import Row
+from splitllm.data.sources import Source, read_sources
+from splitllm.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from splitllm.recipe import DataRecipe
+
+logger = logging.getLogger(__name__)
+
+HOLD_OUT_KEY = 0x5EED2
+"""Sets this use of the recipe's seed apart from the others."""
+GROUPS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class ClientShare:
+    """What a client trains on.
+
+    Attributes:
+        client: its name, `client-0` and so on.
+        examples: rows (packed rows where `data.pack`).
+        tokens: real tokens.
+        labels: tokens that are learned.
+        groups: its most frequent values of the partition's field -> rows; empty without a field.
+    """
+
+    client: str
+    examples: int
+    tokens: int
+    labels: int
+    groups: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Every client's examples.
+
+    Attributes:
+        train: a tuple a client, none empty.
+        eval: a tuple a client, dealt round robin (some may be empty where there are few).
+        shares: what each client trains on.
+        dropped: rows left out because nothing in them is learned.
+        shortened: rows cut at `data.max_length`.
+    """
+
+    train: tuple[tuple[Example, ...], ...]
+    eval: tuple[tuple[Example, ...], ...]
+    shares: tuple[ClientShare, ...]
+    dropped: int = 0
+    shortened: int = 0
+
+
+def load_corpus(data: DataRecipe, tokenizer: Tokenizer, *, clients: int, batch_size: int, seed: int) -> Corpus:
+    """Read, tokenise and deal out what the recipe names: the same for the same recipe, seed and files.
+
+    Args:
+        data: the recipe's `data` section.
+        tokenizer: the model's.
+        clients: how many share the rows.
+        batch_size: `train.batch_size`; clients with fewer examples are logged.
+        seed: the recipe's.
+
+    Raises:
+        DataError: a file is missing, malformed (file and line) or empty; nothing is left to learn or to evaluate; there
+            are more clients than examples, values or files.
+    """
+    train_rows, eval_rows = _read(data, seed)
+    train_rows, examples, dropped, shortened = _usable(train_rows, data, tokenizer, "data.source")
+    _, held_out, eval_dropped, eval_shortened = _usable(eval_rows, data, tokenizer, "data.eval")
+    dealt = partition(train_rows, data.partition, clients=clients, seed=seed)
+    train = [[examples[number] for number in part] for part in dealt]
+    evaluation = [held_out[client::clients] for client in range(clients)]
+    if data.pack:
+        train = [pack(part, data.max_length) for part in train]
+        evaluation = [pack(part, data.max_length) for part in evaluation]
+    groups = _groups(train_rows, dealt, data)
+    corpus = Corpus(
+        train=tuple(tuple(part) for part in train),
+        eval=tuple(tuple(part) for part in evaluation),
+        shares=tuple(_share(client, part, groups[client]) for client, part in enumerate(train)),
+        dropped=dropped + eval_dropped,
+        shortened=shortened + eval_shortened,
+    )
+    _log(corpus, batch_size, data.max_length)
+    return corpus
+
+
+def _read(data: DataRecipe, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows: `data.eval`, else what a source brings along, else a fraction of the source."""
+    sources = read_sources(data.source, "data.source")
+    rows = [row for source in sources for row in source.rows]
+    if data.eval is not None:
+        eval_rows = [row for source in read_sources(data.eval, "data.eval") for row in _eval_rows(source)]
+    else:
+        eval_rows = [row for source in sources for row in source.eval]
+        if not eval_rows:
+            rows, eval_rows = _hold_out(rows, data.eval_fraction, seed)
+    return rows[: data.limit], eval_rows
+
+
+def _eval_rows(source: Source) -> list[Row]:
+    return source.eval or source.rows
+
+
+def _hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Set aside a fraction of the rows, at least one; both parts keep their order."""
+    count = max(1, round(fraction * len(rows)))
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, HOLD_OUT_KEY))))
+    chosen = set(rng.permutation(len(rows))[:count].tolist())
+    kept = [row for number, row in enumerate(rows) if number not in chosen]
+    if not kept:
+        raise DataError(
+            f"data.eval_fraction: {fraction} of {len(rows)} rows leaves none to train on; name data.eval or add rows"
+        )
+    return kept, [row for number, row in enumerate(rows) if number in chosen]
+
+
+def _usable(
+    rows: list[Row], data: DataRecipe, tokenizer: Tokenizer, key: str
+) -> tuple[list[Row], list[Example], int, int]:
+    """The rows that have something to learn, their examples, how many were dropped and how many shortened."""
+    found, shortened = to_examples(rows, data, tokenizer)
+    pairs = [(row, example) for row, example in zip(rows, found, strict=True) if example is not None]
+    if not pairs:
+        raise DataError(
+            f"{key}: none of its {len(rows)} rows has a token to learn as format {data.format} with data.max_length "
+            f"{data.max_length}; check data.format, data.fields and data.max_length"
+        )
+    kept, examples = zip(*pairs, strict=True)
+    return list(kept), list(examples), len(rows) - len(pairs), shortened
+
+
+def _groups(rows: Sequence[Row], dealt: list[list[int]], data: DataRecipe) -> list[dict[str, int]]:
+    if data.partition.by not in ("field", "dirichlet"):
+        return [{} for _ in dealt]
+    values = field_values(rows, data.partition.field or "")
+    counts = [Counter(values[number][:40] for number in part) for part in dealt]
+    return [dict(sorted(count.items(), key=lambda item: (-item[1], item[0]))[:GROUPS_SHOWN]) for count in counts]
+
+
+def _share(client: int, examples: Sequence[Example], groups: dict[str, int]) -> ClientShare:
+    return ClientShare(
+        client=f"client-{client}",
+        examples=len(examples),
+        tokens=sum(len(example) for example in examples),
+        labels=sum(example.labels for example in examples),
+        groups=groups,
+    )
+
+
+def _log(corpus: Corpus, batch_size: int, max_length: int) -> None:
+    """Numbers only: no text of a row is ever logged."""
+    if corpus.dropped:
+        logger.warning("%d rows have nothing to learn and were left out", corpus.dropped)
+    if corpus.shortened:
+        logger.warning("%d rows were cut at data.max_length=%d tokens", corpus.shortened, max_length)
+    for share in corpus.shares:
+        if share.examples < batch_size:
+            logger.info("%s has %d examples, fewer than train.batch_size=%d", share.client, share.examples, batch_size)

@@ -1,0 +1,39 @@
+"""Every error a user or a peer can cause: one root, and each child is also a standard exception."""
+
+from __future__ import annotations
+
+
+class SplitLLMError(Exception):
+    """The root. `str(error)` holds one complaint a line, each naming the thing, its value and the remedy."""
+
+
+class RecipeError(SplitLLMError, ValueError):
+    """The recipe or the command line is wrong (exit status 2).
+
+    Args:
+        problems: every complaint found, one line each.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class DataError(SplitLLMError, ValueError):
+    """A data file is missing, malformed (file and line are named) or too small for the recipe."""
+
+
+class FamilyError(SplitLLMError, ValueError):
+    """This model family cannot be cut exactly; the message says why."""
+
+
+class CheckpointError(SplitLLMError, ValueError):
+    """A model checkpoint, adapter or training checkpoint has missing, misshapen or foreign content."""
+
+
+class PeerError(SplitLLMError, ValueError):
+    """A message from another role breaks the protocol."""
+
+
+class RunInterrupted(SplitLLMError, KeyboardInterrupt):
+    """The user stopped the run; a checkpoint was left and the message says how to go on."""

@@ -1,0 +1,237 @@
+"""Reading a checkpoint piece by piece: only the tensors a shard owns, only the embedding rows a batch needs.
+
+Tensors are read with `preadv` into memory of their own rather than mapped: a mapped table becomes resident as soon as
+the page cache is warm, and what is mapped is counted against the device. Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+
+from splitllm.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000  # the limit the safetensors format itself sets
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one stored tensor lies: file, first byte, shape and dtype."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row along the first dimension."""
+        return self.dtype.itemsize * int(torch.Size(self.shape[1:]).numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
+
+def read_index(file: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file, by name.
+
+    Raises:
+        CheckpointError: the file is cut short or its header is not one of safetensors.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        prefix = handle.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(f"{file}: not a whole safetensors file (header of {length} bytes in {size})")
+        try:
+            header: dict[str, dict[str, object]] = json.loads(handle.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: its safetensors header is not JSON: {error}") from error
+    header.pop("__metadata__", None)
+    return {name: _entry(file, name, row, 8 + length, size) for name, row in header.items()}
+
+
+def _entry(file: Path, name: str, row: dict[str, object], base: int, size: int) -> Entry:
+    dtype = DTYPES.get(str(row.get("dtype")))
+    shape, offsets = row.get("shape"), row.get("data_offsets")
+    if dtype is None or not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise CheckpointError(f"{file}: tensor {name} has dtype {row.get('dtype')}, which cannot be read here")
+    entry = Entry(file, base + int(offsets[0]), tuple(int(side) for side in shape), dtype)
+    if entry.nbytes != offsets[1] - offsets[0] or entry.offset + entry.nbytes > size or int(offsets[0]) < 0:
+        raise CheckpointError(f"{file}: tensor {name} does not fit its file: the download or copy is not whole")
+    return entry
+
+
+class Checkpoint:
+    """A Hugging Face checkpoint, local or from the hub, opened but not loaded.
+
+    Attributes:
+        config: the text model's configuration (`get_text_config` of a multimodal one).
+        folder: where the files lie.
+    """
+
+    def __init__(self, model: str | Path, revision: str | None = None) -> None:
+        self.name = str(model)
+        self.config = load_config(model, revision)
+        self._entries: dict[str, Entry] = {}
+        for file in _weight_files(self.name, revision):
+            self._entries.update(read_index(file))
+        self._aliases = {_bare(name): name for name in self._entries}
+
+    def find(self, name: str) -> Entry | None:
+        """The stored tensor for a parameter of the text model, whatever prefix the checkpoint gives its names."""
+        if name in self._entries:
+            return self._entries[name]
+        alias = self._aliases.get(_bare(name))
+        return self._entries[alias] if alias else None
+
+    def read(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """One tensor, in memory of its own, converted to `dtype`.
+
+        Raises:
+            CheckpointError: it is missing, or its shape is not `shape`.
+        """
+        entry = self.require({name: tuple(shape)})[name]
+        return _read(entry, [(0, entry.shape[0] if entry.shape else 1)]).reshape(entry.shape).to(dtype)
+
+    def require(self, wanted: dict[str, tuple[int, ...]]) -> dict[str, Entry]:
+        """The entries for `wanted` (name -> shape).
+
+        Raises:
+            CheckpointError: with one line for every tensor that is missing or misshapen.
+        """
+        found = {name: self.find(name) for name in wanted}
+        missing = [f"{self.name}: tensor {name} is missing" for name, entry in found.items() if entry is None]
+        misshapen = [
+            f"{self.name}: tensor {name} has shape {list(entry.shape)}, the configuration wants {list(wanted[name])}"
+            for name, entry in found.items()
+            if entry is not None and entry.shape != tuple(wanted[name])
+        ]
+        if missing or misshapen:
+            raise CheckpointError("\n".join(_shorten(missing) + _shorten(misshapen)))
+        return {name: entry for name, entry in found.items() if entry is not None}
+
+    def rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `ids` (sorted, distinct) of a table, [len(ids), D], without touching the others."""
+        entry = self.find(name)
+        if entry is None:
+            raise CheckpointError(f"{self.name}: tensor {name} is missing")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < entry.shape[0]:
+            raise CheckpointError(
+                f"{self.name}: token id {int(ids.max())} is beyond the table of {entry.shape[0]} rows: "
+                "the tokenizer does not belong to this model"
+            )
+        return _read(entry, _runs(ids.tolist())).reshape(-1, *entry.shape[1:]).to(dtype)
+
+
+def load_config(model: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """The text model's configuration.
+
+    Raises:
+        CheckpointError: the folder or hub name has no readable config.json.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(model), revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"model.base: cannot read a configuration from {model}: {reason} "
+            "(give a local folder with config.json, or a hub name that this machine can reach)"
+        ) from error
+    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    return text
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of transformers inside."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _weight_files(model: str, revision: str | None) -> list[Path]:
+    """The checkpoint's safetensors files, fetched from the hub if need be."""
+
+    def fetch(name: str) -> str | None:
+        path: str | None = cached_file(
+            model, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        return path
+
+    single = fetch(SAFE_WEIGHTS_NAME)
+    if single:
+        return [Path(single)]
+    index = fetch(SAFE_WEIGHTS_INDEX_NAME)
+    if not index:
+        raise CheckpointError(f"model.base: {model} has no {SAFE_WEIGHTS_NAME} (weights must be safetensors)")
+    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    files = [(name, fetch(name)) for name in names]
+    lost = [f"{model}: {name} is named by the index but missing" for name, path in files if not path]
+    if lost:
+        raise CheckpointError("\n".join(lost))
+    return [Path(path) for _, path in files if path]
+
+
+def _bare(name: str) -> str:
+    """A tensor's name without the wrappers that checkpoints put before it (`model.language_model.`, `transformer.`)."""
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in {"model", "transformer", "language_model", "text_model"}:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def _runs(ids: Iterable[int]) -> list[tuple[int, int]]:
+    """Sorted distinct rows as half-open runs, so that neighbours are read at once."""
+    runs: list[tuple[int, int]] = []
+    for row in ids:
+        if runs and runs[-1][1] == row:
+            runs[-1] = (runs[-1][0], row + 1)
+        else:
+            runs.append((row, row + 1))
+    return runs
+
+
+def _read(entry: Entry, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The given runs of rows, one after another, as a flat tensor of the stored dtype."""
+    row_bytes = entry.row_bytes if entry.shape else entry.nbytes
+    flat = torch.empty(sum(stop - start for start, stop in runs) * row_bytes, dtype=torch.uint8)
+    view, done = memoryview(flat.numpy()), 0
+    descriptor = os.open(entry.file, os.O_RDONLY)
+    try:
+        for start, stop in runs:
+            position, end = entry.offset + start * row_bytes, done + (stop - start) * row_bytes
+            while done < end:
+                count = os.preadv(descriptor, [view[done : min(end, done + (1 << 30))]], position)
+                if count <= 0:
+                    raise CheckpointError(f"{entry.file}: ends in the middle of a tensor")
+                done, position = done + count, position + count
+    finally:
+        os.close(descriptor)
+    return flat.view(entry.dtype)
+
+
+def _shorten(lines: list[str], most: int = 8) -> list[str]:
+    return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more like these"]

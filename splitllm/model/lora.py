@@ -1,0 +1,127 @@
+"""LoRA through PEFT, on shards: matched against the whole model, started as the whole model would start."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import cast_adapter_dtype, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from splitllm.errors import RecipeError
+from splitllm.model.families import layout_of
+from splitllm.model.randomness import seed_of
+from splitllm.model.shard import Shard, meta_model
+from splitllm.recipe import LoraRecipe
+
+ADAPTER = "default"
+
+
+def target_modules(config: PreTrainedConfig, targets: str | Sequence[str] | None) -> str | list[str]:
+    """What PEFT is told to target: the recipe's word, or PEFT's own table for the family.
+
+    Raises:
+        RecipeError: the recipe names none and PEFT's table has no row for this family.
+    """
+    if targets is not None:
+        return targets if isinstance(targets, str) else list(targets)
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type)
+    if known is None:
+        raise RecipeError([f"lora.targets: PEFT has no default for {config.model_type}: name the modules or all-linear"])
+    return sorted(known)
+
+
+def matched_modules(config: PreTrainedConfig, targets: str | Sequence[str] | None) -> list[str]:
+    """Global names of the linear layers of the whole model that LoRA adapts, bottom up.
+
+    Raises:
+        RecipeError: nothing matches, or something outside the blocks does.
+    """
+    wanted = target_modules(config, targets)
+    model, blocks = meta_model(config, torch.float32), _block_pattern(config)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    inside = [name for name in linear if blocks.match(name)]
+    if wanted == "all-linear":
+        return inside
+    peft_config = LoraConfig(target_modules=wanted)
+    found = [name for name, _ in model.named_modules() if name and check_target_module_exists(peft_config, name)]
+    odd = [name for name in found if name not in inside]
+    if odd:
+        raise RecipeError(
+            [f"lora.targets: {name} is no linear layer inside a block, and only those are adapted" for name in odd[:3]]
+        )
+    if not found:
+        choices = ", ".join(sorted({name.rsplit(".", 1)[1] for name in inside}))
+        raise RecipeError([f"lora.targets: {wanted} matches nothing in {config.model_type}; its blocks have {choices}"])
+    return found
+
+
+def block_of(config: PreTrainedConfig, name: str) -> int:
+    """The global index of the block that a module or parameter belongs to."""
+    match = _block_pattern(config).match(name)
+    assert match, name
+    return int(match.group(1))
+
+
+def _block_pattern(config: PreTrainedConfig) -> re.Pattern[str]:
+    layout = layout_of(config)
+    return re.compile(rf"{layout.base}\.{layout.blocks}\.(\d+)\.")
+
+
+def lora_config(config: PreTrainedConfig, lora: LoraRecipe, modules: str | Sequence[str], base: str | None = None) -> LoraConfig:
+    """PEFT's configuration of this adapter for the modules given."""
+    conv = config.model_type == "gpt2"  # its linear layers are Conv1D, stored transposed
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        fan_in_fan_out=conv,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+    )
+
+
+def add_lora(shard: Shard, lora: LoraRecipe, modules: Sequence[str], seed: int) -> None:
+    """Put the adapter into a shard; one without a matched module stays as it is, wholly frozen.
+
+    Args:
+        shard: receives trainable adapter tensors: fp32 over half-precision weights, else of the weights' dtype.
+        lora: rank, alpha, dropout and variant.
+        modules: the matched modules of the whole model (`matched_modules`).
+        seed: with each parameter's global name it draws the initial A, so every cut starts alike.
+    """
+    config = shard.model.config
+    own = [name for name in modules if shard.start <= block_of(config, name) < shard.stop]
+    if not own:
+        return
+    training = shard.training
+    inject_adapter_in_model(lora_config(config, lora, own), shard.model, ADAPTER)
+    cast_adapter_dtype(shard.model, ADAPTER, autocast_adapter_dtype=True)
+    for name, parameter in adapter_parameters(shard).items():
+        if ".lora_A." in name:
+            start = torch.empty(parameter.shape, dtype=torch.float32)
+            generator = torch.Generator().manual_seed(seed_of("lora_A", seed, name))
+            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+            parameter.data.copy_(start)
+    shard.train(training)
+
+
+def adapter_parameters(shard: Shard) -> dict[str, nn.Parameter]:
+    """The adapter's tensors in this shard by the names they have in a PEFT adapter file, in model order."""
+    named = shard.model.named_parameters()
+    return {peft_name(name): parameter for name, parameter in named if f".{ADAPTER}" in name and ".lora_" in name}
+
+
+def peft_name(name: str) -> str:
+    """A parameter's name in `adapter_model.safetensors` (DoRA's magnitude is stored without `.weight`)."""
+    bare = name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
+    return "base_model.model." + re.sub(r"lora_magnitude_vector\.weight$", "lora_magnitude_vector", bare)

@@ -1,0 +1,35 @@
+"""Between padded batches, which blocks compute on, and real tokens, which travel.
+
+Shape suffixes: B rows, S padded length, T real tokens row after row, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def real_positions(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Where the T real tokens lie in the flattened [B * S] batch of right-padded rows."""
+    longest = max(lengths)
+    rows = [torch.arange(row * longest, row * longest + length) for row, length in enumerate(lengths)]
+    return torch.cat(rows).to(device)
+
+
+def pad(hidden_TD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Real tokens [T, D] to a right-padded batch [B, S, D], zeros in the padding."""
+    rows, longest = len(lengths), max(lengths)
+    if hidden_TD.shape[0] == rows * longest:
+        return hidden_TD.reshape(rows, longest, -1)
+    blank = hidden_TD.new_zeros(rows * longest, hidden_TD.shape[1])
+    filled = blank.index_copy(0, real_positions(lengths, hidden_TD.device), hidden_TD)
+    return filled.reshape(rows, longest, -1)
+
+
+def unpad(hidden_BSD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """A right-padded batch [B, S, D] to its real tokens [T, D]."""
+    flat = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+    if flat.shape[0] == sum(lengths):
+        return flat
+    return flat.index_select(0, real_positions(lengths, flat.device))

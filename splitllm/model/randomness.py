@@ -1,0 +1,52 @@
+"""Randomness keyed by what it is for, never by the order in which it is drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+EMBEDDINGS = -1  # stands for the embedding dropout, which lies below block 0
+
+
+class MicroBatchId(NamedTuple):
+    """Names one micro-batch of a run; their order is the order in which gradients are summed."""
+
+    step: int
+    client: int
+    index: int
+
+
+def seed_of(*key: int | str) -> int:
+    """A 63-bit seed from any key, the same on every machine and Python version."""
+    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass
+class DropoutKey:
+    """What the dropout masks of the micro-batch now being computed are keyed by; one a shard.
+
+    Set `micro_batch` before every forward and backward (activation checkpointing draws again in the backward).
+    """
+
+    seed: int
+    micro_batch: MicroBatchId | None = None
+
+    def reseed(self, layer: int) -> None:
+        """Start the masks of one layer."""
+        if self.micro_batch is not None:
+            torch.manual_seed(seed_of("dropout", self.seed, *self.micro_batch, layer))
+
+
+def key_dropout(module: nn.Module, layer: int, key: DropoutKey) -> None:
+    """Make `module`, which holds global layer `layer`, draw its dropout masks from the key."""
+
+    def reseed(owner: nn.Module, _args: object) -> None:
+        if owner.training:
+            key.reseed(layer)
+
+    module.register_forward_pre_hook(reseed)

@@ -1,0 +1,135 @@
+"""What a role trains: its adapter, the gradients of the step in a fixed order of summation, and the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from splitllm.model.randomness import MicroBatchId
+from splitllm.recipe import OptimizerRecipe
+
+Tensors = dict[str, torch.Tensor]
+NORM_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+class OrderedSum:
+    """Adds the gradients of micro-batches in the order of their ids, whatever the order they arrive in."""
+
+    def __init__(self, ids: Sequence[MicroBatchId]) -> None:
+        self._missing = sorted(ids, reverse=True)
+        self._early: dict[MicroBatchId, Tensors] = {}
+        self._total: Tensors | None = None
+
+    def add(self, micro_batch: MicroBatchId, gradients: Tensors) -> None:
+        """Take one micro-batch's gradients; those that came too early wait."""
+        assert micro_batch in self._missing and micro_batch not in self._early, micro_batch
+        self._early[micro_batch] = gradients
+        while self._missing and self._missing[-1] in self._early:
+            self._fold(self._early.pop(self._missing.pop()))
+
+    def total(self) -> Tensors:
+        """The sum over all micro-batches of the step."""
+        assert not self._missing and self._total is not None, "a micro-batch of this step has no gradient yet"
+        return self._total
+
+    def _fold(self, gradients: Tensors) -> None:
+        if self._total is None:
+            self._total = gradients
+            return
+        for name, gradient in gradients.items():
+            self._total[name].add_(gradient)
+
+
+class Trainable:
+    """A role's adapter parameters with their optimiser.
+
+    Attributes:
+        parameters: name in the adapter file -> parameter.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: OptimizerRecipe) -> None:
+        self.parameters = dict(parameters)
+        self.base_rate = optimizer.lr
+        self._sum: OrderedSum | None = None
+        self._optimizer = _OPTIMIZERS[optimizer.name](list(self.parameters.values()), optimizer) if parameters else None
+
+    def expect(self, ids: Sequence[MicroBatchId]) -> None:
+        """Open a step: these micro-batches will come."""
+        self._sum = OrderedSum(ids)
+
+    def collect(self, micro_batch: MicroBatchId) -> None:
+        """Take what the backward of one micro-batch left on the parameters."""
+        if not self.parameters:
+            return
+        assert self._sum is not None
+        gradients = {}
+        for name, parameter in self.parameters.items():
+            gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = None
+        self._sum.add(micro_batch, gradients)
+
+    def gradients(self) -> Tensors:
+        """The step's summed gradients of this role."""
+        return self._sum.total() if self._sum is not None and self.parameters else {}
+
+    def apply(self, gradients: Mapping[str, torch.Tensor], factor: float, rate: float) -> None:
+        """One optimiser step.
+
+        Args:
+            gradients: summed over all replicas of this role.
+            factor: clipping, multiplies every gradient.
+            rate: multiplies the recipe's learning rate (the schedule).
+        """
+        self._sum = None
+        if self._optimizer is None:
+            return
+        for name, parameter in self.parameters.items():
+            gradient = gradients[name]
+            parameter.grad = gradient if factor == 1.0 else gradient * factor
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.base_rate * rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> Tensors:
+        """All that a resumed run needs: `adapter/NAME` and the optimiser's `KEY/NAME`, detached."""
+        tensors = {f"adapter/{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        if self._optimizer is not None:
+            for name, parameter in self.parameters.items():
+                slots = self._optimizer.state.get(parameter, {})
+                tensors.update({f"{key}/{name}": torch.as_tensor(value) for key, value in slots.items()})
+        return tensors
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set parameters and optimiser from `state()`, of this role or of another with the same tensors."""
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(tensors[f"adapter/{name}"])
+            keys = [key for key in tensors if key.endswith("/" + name) and not key.startswith("adapter/")]
+            if self._optimizer is not None and keys:
+                slots = {key.split("/", 1)[0]: tensors[key].clone() for key in keys}
+                moved = {k: v if k == "step" else v.to(parameter.device) for k, v in slots.items()}
+                self._optimizer.state[parameter] = moved
+
+
+def squared_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Squared L2 norm of every tensor, taken in fp64."""
+    if not gradients:
+        return {}
+    values = torch.stack([gradient.double().square().sum() for gradient in gradients.values()]).tolist()
+    return dict(zip(gradients, values, strict=True))
+
+
+def clip_factor(norm: float, limit: float | None) -> float:
+    """What gradients of this total norm are multiplied by, as in torch.nn.utils.clip_grad_norm_."""
+    return 1.0 if limit is None else min(1.0, limit / (norm + NORM_EPSILON))
+
+
+def _adamw(parameters: list[nn.Parameter], recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps, weight_decay=recipe.weight_decay
+    )
+
+
+_OPTIMIZERS = {"adamw": _adamw}

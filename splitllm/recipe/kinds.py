@@ -1,0 +1,109 @@
+"""The kinds of values a recipe may hold. Each says in plain words what it allows."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, Strict, WrapValidator
+from pydantic_core import PydanticCustomError
+
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+_TIER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+BUILTIN_SOURCES = ("builtin:stdlib-docstrings",)
+
+
+def _allows(text: str) -> WrapValidator:
+    """Replaces whatever pydantic says by one complaint of type `allowed`, whose message is `text`."""
+
+    def check(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValueError:
+            raise PydanticCustomError("allowed", "{allowed}", {"allowed": text}) from None
+
+    return WrapValidator(check)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `2e-4` (no dot) as text; a recipe means the number."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(entry) for key, entry in value.items()}
+    return [_numbers(entry) for entry in value] if isinstance(value, list) else _number(value)
+
+
+def _rising(cuts: tuple[int, ...]) -> tuple[int, ...]:
+    if any(low >= high for low, high in itertools.pairwise(cuts)):
+        raise ValueError
+    return cuts
+
+
+def _known_source(source: str) -> str:
+    if source.startswith("builtin:") and source not in BUILTIN_SOURCES:
+        raise ValueError
+    return source
+
+
+def _tiers(value: Any) -> dict[str, int]:
+    """Tiers bottom-up: 1 to 5 names, counts that never grow upwards, and one machine at the top of two or more."""
+    reason = None
+    if not isinstance(value, dict) or not 1 <= len(value) <= 5:
+        reason = "use a mapping of 1 to 5 tiers, bottom-up, such as {client: 4, edge: 2, cloud: 1}"
+    elif bad := [name for name in value if not isinstance(name, str) or not _TIER_NAME.fullmatch(name)]:
+        reason = f"{bad[0]!r} is no tier name; use letters, digits, - and _, beginning with a letter"
+    elif bad := [name for name, count in value.items() if type(count) is not int or count < 1]:
+        reason = f"the count of {bad[0]} must be a whole number of at least 1"
+    elif list(value.values()) != sorted(value.values(), reverse=True):
+        reason = "counts must not grow upwards (tiers are listed bottom-up)"
+    elif len(value) > 1 and list(value.values())[-1] != 1:
+        reason = f"the top tier ({list(value)[-1]}) must be 1"
+    if reason is not None:
+        raise PydanticCustomError("reason", "{reason}", {"reason": reason})
+    return dict(value)
+
+
+Switch = Annotated[bool, Strict(), _allows("true or false")]
+Text = Annotated[str, Field(min_length=1), _allows("text (in quotes where YAML reads something else)")]
+
+Count = Annotated[int, Strict(), Field(ge=1), _allows("a whole number of at least 1")]
+NonNegative = Annotated[int, Strict(), Field(ge=0), _allows("a whole number of at least 0")]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63), _allows("a whole number from 0 to below 2**63")]
+Length = Annotated[int, Strict(), Field(ge=2), _allows("a whole number of tokens, at least 2")]
+
+_Real = Annotated[float, Strict(), Field(allow_inf_nan=False), BeforeValidator(_number)]
+Positive = Annotated[_Real, Field(gt=0), _allows("a number above 0")]
+NotNegative = Annotated[_Real, Field(ge=0), _allows("a number of at least 0")]
+Probability = Annotated[_Real, Field(ge=0, lt=1), _allows("a number from 0 to below 1")]
+Fraction = Annotated[_Real, Field(gt=0, lt=1), _allows("a number between 0 and 1")]
+Betas = Annotated[tuple[Probability, Probability], _allows("two numbers from 0 to below 1, such as [0.9, 0.999]")]
+
+Cuts = Annotated[
+    tuple[NonNegative, ...], AfterValidator(_rising), _allows("block numbers from 0 that rise strictly, such as [2, 4]")
+]
+Tiers = Annotated[dict[str, int], BeforeValidator(_tiers)]
+TierNames = Annotated[tuple[Text, ...], Field(min_length=1), _allows("a list of tier names, such as [edge, cloud]")]
+Targets = Annotated[
+    Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)],
+    _allows("all-linear, or a list of module-name endings such as [q_proj, v_proj]"),
+]
+
+_Source = Annotated[Text, AfterValidator(_known_source)]
+Sources = Annotated[
+    _Source | Annotated[tuple[_Source, ...], Field(min_length=1)],
+    _allows(f"a path, a glob, a list of them, hub:NAME or {' or '.join(BUILTIN_SOURCES)}"),
+]
+Fields = Annotated[dict[Text, Text], _allows("a mapping of names, such as {prompt: question}")]
+Mapping = Annotated[
+    dict[str, JsonValue], AfterValidator(_numbers), _allows("a mapping of config keys, such as {n_layer: 12}")
+]
+Trackers = Annotated[tuple[Literal["tensorboard"], ...], _allows("a list, [] or [tensorboard]")]
+MixedPrecision = Annotated[
+    Literal["no", "bf16"],
+    BeforeValidator(lambda value: "no" if value is False else value),
+    _allows('"no" or bf16'),
+]

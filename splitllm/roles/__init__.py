@@ -1,0 +1,1 @@
+"""Who sits where: the client below, a server on every tier above it."""

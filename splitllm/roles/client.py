@@ -1,0 +1,175 @@
+"""A client: the text, the embeddings and first blocks beside it, and a link to the role above.
+
+Where its shard is the whole model it needs no cut; where the labels stay with it, it computes the loss itself.
+Shape suffixes: B rows, S padded length, T real tokens, N labelled positions, D hidden width.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from splitllm.data.batching import BatchStream, MicroBatch
+from splitllm.model.randomness import MicroBatchId
+from splitllm.model.trainable import squared_norms
+from splitllm.roles.worker import Pass, Worker
+from splitllm.wire.link import Link
+from splitllm.wire.message import Message
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a client saw of one step (or of one evaluation).
+
+    Attributes:
+        loss: summed cross-entropy in nats over its labels.
+        labels: predicted tokens.
+        tokens: real tokens.
+        norm: total gradient norm of the step, over all roles.
+    """
+
+    loss: float
+    labels: int
+    tokens: int
+    norm: float = 0.0
+
+
+class Client:
+    """Trains on its own rows.
+
+    Args:
+        name: of this client.
+        index: its number in the run.
+        worker: its shard, with the head if it computes the loss.
+        uplink: to its server, or to the coordinator of whole-model clients.
+        stream: its training micro-batches.
+        evaluation: its held-out micro-batches.
+        whole: its shard is the whole model.
+        replicas: how many roles hold the same adapter.
+        accumulate: micro-batches a step.
+        in_flight: micro-batches under way at once.
+        schedule: step -> multiplier of the learning rate.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        index: int,
+        worker: Worker,
+        uplink: Link,
+        stream: BatchStream,
+        evaluation: Sequence[MicroBatch],
+        *,
+        whole: bool,
+        replicas: int,
+        accumulate: int,
+        in_flight: int,
+        schedule: Callable[[int], float],
+    ) -> None:
+        self.name, self.index, self.worker, self.uplink = name, index, worker, uplink
+        self.stream, self.evaluation, self.whole, self.replicas = stream, evaluation, whole, replicas
+        self.accumulate, self.in_flight, self.schedule = accumulate, in_flight, schedule
+
+    async def step(self, step: int) -> StepReport:
+        """One step: open, run the micro-batches, close."""
+        batches = [self.stream.take(step * self.accumulate + index) for index in range(self.accumulate)]
+        ids = [MicroBatchId(step, self.index, index) for index in range(len(batches))]
+        weight = await self._open(ids, [batch.labels for batch in batches])
+        room = asyncio.Semaphore(self.in_flight)
+
+        async def run(micro_batch: MicroBatchId, batch: MicroBatch) -> float:
+            async with room:
+                return await self._train(micro_batch, batch, weight)
+
+        losses = await asyncio.gather(*(run(*pair) for pair in zip(ids, batches, strict=True)))
+        norm = await self._close(ids[0])
+        return StepReport(sum(losses), sum(b.labels for b in batches), sum(b.tokens for b in batches), norm)
+
+    async def evaluate(self) -> StepReport:
+        """Loss over the held-out rows: no dropout, no gradient."""
+        losses = []
+        for index, batch in enumerate(self.evaluation):
+            losses.append(await self._evaluate(MicroBatchId(-1, self.index, index), batch))
+        return StepReport(
+            sum(losses), sum(b.labels for b in self.evaluation), sum(b.tokens for b in self.evaluation)
+        )
+
+    async def _open(self, ids: Sequence[MicroBatchId], labels: list[int]) -> float:
+        """Announce the step's label counts; learn what one nat of this client's loss weighs."""
+        self.worker.trainable.expect(ids)
+        reply = await self.uplink.request(Message("open", self.name, ids[0], {"labels": {self.index: labels}}))
+        return float(reply.header["weights"][self.index])
+
+    async def _train(self, micro_batch: MicroBatchId, batch: MicroBatch, weight: float) -> float:
+        run = self._forward(micro_batch, batch, train=True)
+        if self.whole:
+            rows_ND = run.output_TD.index_select(0, batch.positions_N.to(self.worker.device))
+            loss = self._head_loss(rows_ND, batch)
+            self.worker.backward(run, torch.tensor(weight, dtype=loss.dtype), loss)
+            return float(loss.detach())
+        reply = await self.uplink.request(self._question(run, batch, train=True))
+        if self.worker.shard.head is None:
+            loss_value = float(reply.header["loss"])
+        else:
+            loss_value, gradient_ND = self._loss_gradient(reply.tensors["rows_ND"], batch, weight)
+            reply = await self.uplink.request(
+                Message("backward", self.name, micro_batch, tensors={"gradient_ND": gradient_ND})
+            )
+        if run.output_TD.requires_grad:
+            self.worker.backward(run, reply.tensors["gradient_TD"])
+        return loss_value
+
+    async def _evaluate(self, micro_batch: MicroBatchId, batch: MicroBatch) -> float:
+        run = self._forward(micro_batch, batch, train=False)
+        if self.whole:
+            rows_ND = run.output_TD.index_select(0, batch.positions_N.to(self.worker.device))
+            return float(self._head_loss(rows_ND, batch))
+        reply = await self.uplink.request(self._question(run, batch, train=False))
+        if self.worker.shard.head is None:
+            return float(reply.header["loss"])
+        return float(self._head_loss(reply.tensors["rows_ND"], batch))
+
+    def _forward(self, micro_batch: MicroBatchId, batch: MicroBatch, *, train: bool) -> Pass:
+        return self.worker.forward(
+            micro_batch, batch.ids_BS, batch.lengths, batch.position_ids_BS, train=train, input_gradient=False
+        )
+
+    def _question(self, run: Pass, batch: MicroBatch, *, train: bool) -> Message:
+        """What goes up: activations, lengths, labelled positions; targets only where the recipe lets them leave."""
+        header: dict[str, Any] = {
+            "lengths": list(batch.lengths),
+            "train": train,
+            "input_gradient": run.output_TD.requires_grad,
+        }
+        tensors = {"hidden_TD": run.output_TD.detach(), "positions_N": batch.positions_N.int()}
+        if batch.position_ids_BS is not None:
+            tensors["position_ids_BS"] = batch.position_ids_BS.int()
+        if self.worker.shard.head is None:
+            tensors["targets_N"] = batch.targets_N.int()
+        return Message("forward", self.name, run.micro_batch, header, tensors)
+
+    def _head_loss(self, rows_ND: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        head = self.worker.shard.head
+        assert head is not None
+        with torch.set_grad_enabled(rows_ND.requires_grad), self.worker.autocast():
+            return head.loss(rows_ND.to(self.worker.device), batch.targets_N.to(self.worker.device))
+
+    def _loss_gradient(self, rows_ND: torch.Tensor, batch: MicroBatch, weight: float) -> tuple[float, torch.Tensor]:
+        rows_ND = rows_ND.to(self.worker.device).detach().requires_grad_()
+        loss = self._head_loss(rows_ND, batch)
+        (gradient_ND,) = torch.autograd.grad(loss * weight, rows_ND)
+        return float(loss.detach()), gradient_ND
+
+    async def _close(self, first: MicroBatchId) -> float:
+        """Hand in norms, or gradients where other clients hold the same adapter; then step."""
+        own = self.worker.trainable.gradients()
+        shared = self.replicas > 1
+        header = {"norms": {} if shared else squared_norms(own)}
+        reply = await self.uplink.request(Message("close", self.name, first, header, own if shared else {}))
+        gradients = reply.tensors if shared else own
+        self.worker.trainable.apply(gradients, float(reply.header["factor"]), self.schedule(first.step))
+        return float(reply.header["norm"])

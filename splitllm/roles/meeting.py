@@ -1,0 +1,51 @@
+"""Where the children of a role meet: a step opens, and closes, only when all of them are there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from splitllm.errors import PeerError
+from splitllm.wire.message import Message
+
+Settle = Callable[[list[Message]], Awaitable[Callable[[Message], Message]]]
+
+
+class Meeting:
+    """Collects one message from every child; the last to come settles the matter for all.
+
+    Args:
+        children: names, in the order in which their messages are put before `settle`.
+        settle: takes all messages, returns what makes each child's reply.
+    """
+
+    def __init__(self, children: Sequence[str], settle: Settle) -> None:
+        self._children, self._settle = list(children), settle
+        self._here: dict[str, Message] = {}
+        self._outcome: asyncio.Future[Callable[[Message], Message]] | None = None
+
+    async def join(self, message: Message) -> Message:
+        """Wait for the others, then get the reply.
+
+        Raises:
+            PeerError: the sender is unknown, came twice, or is at another step than the others.
+        """
+        self._check(message)
+        if self._outcome is None:
+            self._outcome = asyncio.get_running_loop().create_future()
+        self._here[message.sender] = message
+        outcome = self._outcome
+        if len(self._here) == len(self._children):
+            messages = [self._here[name] for name in self._children]
+            self._here, self._outcome = {}, None
+            outcome.set_result(await self._settle(messages))
+        return (await outcome)(message)
+
+    def _check(self, message: Message) -> None:
+        if message.sender not in self._children:
+            raise PeerError(f"{message.sender} is not a child here (children: {', '.join(self._children)})")
+        if message.sender in self._here:
+            raise PeerError(f"{message.sender} sent {message.kind} twice in step {message.step}")
+        steps = {other.step for other in self._here.values()}
+        if steps - {message.step}:
+            raise PeerError(f"{message.sender} is at step {message.step}, the others at {steps}")

@@ -1,0 +1,195 @@
+"""What a run leaves behind: checkpoints on the way, and at the end the adapter and the summary."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import asdict
+from hashlib import blake2b
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitllm import checkpoint
+from splitllm.running.base import base_folder
+from splitllm.data import Corpus, eval_batches
+from splitllm.errors import RecipeError
+from splitllm.metrics import human_bytes
+from splitllm.model.export import save_adapter, unsplit_model, whole_model_loss, with_adapter
+from splitllm.model.lora import lora_config, target_modules
+from splitllm.recipe import Recipe, changed_keys, what_leaves_the_device
+from splitllm.roles.assembly import DTYPES
+from splitllm.running.state import Run, Totals
+
+HARMLESS = ("train.keep:", "train.log_every:", "train.trackers:", "train.checkpoint_every:", "train.eval_every:")
+PACKAGES = ("splitllm", "torch", "transformers", "peft", "accelerate", "datasets")
+MIB = 2**20
+
+
+def fingerprint(corpus: Corpus, saved: checkpoint.TrainingState | None = None) -> str:
+    """A digest of every client's rows, in order.
+
+    Raises:
+        RecipeError: the checkpoint to resume from saw other rows.
+    """
+    digest = blake2b(digest_size=16)
+    for part in (*corpus.train, *corpus.eval):
+        digest.update(b"|")
+        for example in part:
+            digest.update(example.ids.tobytes() + example.targets.tobytes())
+    found = digest.hexdigest()
+    if saved is not None and saved.data != found:
+        raise RecipeError(["--resume: the rows of data.source are no longer those that this run was trained on"])
+    return found
+
+
+def saved_state(recipe: Recipe, directory: Path, resume: bool) -> checkpoint.TrainingState | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        RecipeError: the folder holds a run and `--resume` was not given, or the recipe changed.
+        CheckpointError: there is nothing to resume.
+    """
+    if not resume:
+        if (directory / "recipe.yaml").exists():
+            raise RecipeError(
+                [f"--output-dir: {directory} holds a run; add --resume to go on with it, or name a new folder"]
+            )
+        return None
+    saved = checkpoint.newest(directory)
+    changed = changed_keys(Recipe.model_validate(saved.recipe), recipe)
+    harmful = [line for line in changed if not line.startswith(HARMLESS)]
+    if harmful:
+        raise RecipeError([f"--resume: the recipe is not that of {directory}: {line}" for line in harmful])
+    return saved
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint of the step just done."""
+    totals = {name: value for name, value in asdict(run.totals).items() if name != "logged" and value is not None}
+    state = checkpoint.TrainingState(run.step, run.recipe.model_dump(mode="json"), run.data, totals, run.roles.state())
+    folder = checkpoint.folder_of(run.directory, run.step)
+    if run.world.rank == 0:
+        checkpoint.save(folder, state, run.recipe.train.keep)
+    run.world.wait()
+    return folder
+
+
+def restore(run: Run, saved: checkpoint.TrainingState) -> None:
+    """Put a checkpoint on every role and drop the metrics that came after it."""
+    run.roles.load(saved.tensors)
+    run.step = saved.step
+    counted = {name: int(saved.totals[name]) for name in ("tokens", "bytes_up", "bytes_down")}
+    run.totals = Totals(
+        **counted,
+        seconds=saved.totals["seconds"],
+        loss_before=saved.totals.get("loss_before"),
+        loss_after=saved.totals.get("loss_after"),
+    )
+    run.totals.since_logged()
+    run.metrics.truncate_to(saved.step)
+    run.metrics.say(f"resuming after step {saved.step} of {run.recipe.train.steps}")
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Export the adapter, check it if the recipe says so, write the summary and tell the user."""
+    adapter = run.directory / "adapter"
+    memory = _peak_memory(run)
+    if run.world.rank == 0:
+        tensors = {name.removeprefix("adapter/"): t for name, t in run.roles.state().items() if name.startswith("adapter/")}
+        save_adapter(adapter, tensors, _adapter_config(run))
+    run.world.wait()
+    totals = run.totals
+    summary: dict[str, Any] = {
+        "eval_loss_before": totals.loss_before,
+        "eval_loss_after": totals.loss_after,
+        **(_unsplit_losses(run, adapter) if run.recipe.train.verify_adapter and run.world.rank == 0 else {}),
+        "train_tokens": totals.tokens,
+        "train_seconds": round(totals.seconds, 3),
+        "tokens_per_second": round(totals.tokens / max(totals.seconds, 1e-9), 1),
+        "wire_bytes_up": totals.bytes_up,
+        "wire_bytes_down": totals.bytes_down,
+        "trainable_parameters": _trainable(run),
+        **memory,
+        "leaves_the_device": what_leaves_the_device(run.recipe),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    run.metrics.write_summary(summary)
+    for line in _closing_lines(run, summary):
+        run.metrics.say(line)
+    return summary
+
+
+def _adapter_config(run: Run) -> Any:
+    """PEFT's configuration on the unsplit base: the targets as named, or every module where only some tiers train."""
+    plan, recipe = run.plan, run.recipe
+    targets = target_modules(plan.config, list(recipe.lora.targets) if isinstance(recipe.lora.targets, tuple) else recipe.lora.targets)
+    named = targets if plan.every_module_trains and targets != "all-linear" else sorted(plan.modules)
+    return lora_config(plan.config, recipe.lora, named, base_folder(recipe, run.directory))
+
+
+def _unsplit_losses(run: Run, adapter: Path) -> dict[str, float]:
+    """The held-out loss by Hugging Face and PEFT alone, before and after."""
+    dtype, size = DTYPES[run.recipe.model.dtype], run.recipe.train.batch_size
+    batches = [
+        (batch.ids_BS, batch.lengths, batch.positions_N, batch.targets_N, batch.position_ids_BS)
+        for part in run.plan.corpus.eval
+        for batch in eval_batches(part, size)
+    ]
+    base = unsplit_model(base_folder(run.recipe, run.directory), dtype, run.recipe.model.revision)
+    before = whole_model_loss(base, batches)
+    return {"unsplit_loss_before": before, "unsplit_loss_after": whole_model_loss(with_adapter(base, adapter), batches)}
+
+
+def _trainable(run: Run) -> int:
+    return sum(tensor.numel() for name, tensor in run.roles.state().items() if name.startswith("adapter/"))
+
+
+def _peak_memory(run: Run) -> dict[str, Any]:
+    """Resident and GPU memory of each process, and what each role's tensors took at most, in MiB."""
+    rss = [0.0] * run.world.size
+    gpu = [0.0] * run.world.size
+    rss[run.world.rank] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if run.world.device.type == "cuda":
+        gpu[run.world.rank] = torch.cuda.max_memory_allocated(run.world.device) / MIB
+    held = {
+        role: {name: round(value / MIB, 2) for name, value in worker.peak().items()}
+        for workers in run.roles.workers.values()
+        for role, worker in workers.items()
+    }
+    return {
+        "peak_rss_mib": _by_process(run.world.sum_numbers(rss)),
+        "peak_gpu_mib": _by_process(run.world.sum_numbers(gpu)),
+        "held_mib": held,
+    }
+
+
+def _by_process(values: list[float]) -> dict[str, float]:
+    return {f"process-{rank}": round(value, 1) for rank, value in enumerate(values)}
+
+
+def _closing_lines(run: Run, summary: dict[str, Any]) -> list[str]:
+    directory, base = run.directory, base_folder(run.recipe, run.directory)
+    lines = [
+        f"held-out loss: {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after (split run)",
+    ]
+    if "unsplit_loss_after" in summary:
+        lines.append(
+            f"held-out loss: {summary['unsplit_loss_before']:.4f} before, {summary['unsplit_loss_after']:.4f} after "
+            "(PeftModel on the unsplit base)"
+        )
+    lines.append(
+        f"over the cuts: {human_bytes(summary['wire_bytes_up'])} up, {human_bytes(summary['wire_bytes_down'])} down; "
+        f"{summary['train_tokens']} tokens at {summary['tokens_per_second']:.0f} tokens/s"
+    )
+    for role, held in summary["held_mib"].items():
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in held.items())
+        lines.append(f"peak memory of {role}: {sum(held.values()):.1f} MiB of tensors ({parts})")
+    lines.append(f"peak resident memory: {', '.join(f'{name} {v:.0f} MiB' for name, v in summary['peak_rss_mib'].items())}")
+    lines += [
+        f"adapter: {directory / 'adapter'}",
+        f"next: peft.PeftModel.from_pretrained(base_model, {str(directory / 'adapter')!r}), or",
+        f"      splitllm merge {directory / 'adapter'} --base {base} --output-dir {directory / 'merged'}",
+    ]
+    return lines

@@ -1,0 +1,117 @@
+"""The processes of a run under `accelerate launch`: who this one is, and sums over all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from splitllm.errors import RecipeError
+from splitllm.recipe import TrainRecipe
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among its peers.
+
+    Attributes:
+        accelerator: placement, mixed precision and trackers.
+    """
+
+    accelerator: Accelerator
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def size(self) -> int:
+        """How many processes run."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of a forward under the run's mixed precision."""
+        context: AbstractContextManager[object] = self.accelerator.autocast()
+        return context
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+    def sum_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Add tensors of the same names over all processes, in the order of ranks, so that it is repeatable."""
+        if self.size == 1 or not tensors:
+            return tensors
+        names = sorted(tensors)
+        summed: dict[str, torch.Tensor] = {}
+        for dtype in sorted({tensors[name].dtype for name in names}, key=str):
+            group = [name for name in names if tensors[name].dtype == dtype]
+            flat = torch.cat([tensors[name].reshape(-1) for name in group])
+            parts = [torch.empty_like(flat) for _ in range(self.size)]
+            dist.all_gather(parts, flat)
+            for part in parts[1:]:
+                parts[0].add_(part)
+            pieces = parts[0].split([tensors[name].numel() for name in group])
+            summed.update({name: piece.reshape(tensors[name].shape) for name, piece in zip(group, pieces, strict=True)})
+        return summed
+
+    def sum_numbers(self, numbers: Sequence[float]) -> list[float]:
+        """Add plain numbers over all processes, place by place."""
+        if self.size == 1:
+            return list(numbers)
+        flat = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        dist.all_reduce(flat)
+        return [float(value) for value in flat.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set in any process; all of them get the same answer."""
+        return self.sum_numbers([float(flag)])[0] > 0
+
+
+def open_world(train: TrainRecipe, project_dir: Path) -> World:
+    """Join the processes of this run and share the cores out.
+
+    Args:
+        train: `processes`, `threads`, `mixed_precision` and `trackers` are read.
+        project_dir: where trackers write.
+
+    Raises:
+        RecipeError: the recipe expects another number of processes than were started.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != train.processes:
+        raise RecipeError([_mismatch(train.processes, started)])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", started))
+    torch.set_num_threads(train.threads or max(1, len(os.sched_getaffinity(0)) // local))
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=train.mixed_precision,
+        log_with=list(train.trackers) or None,
+        project_dir=str(project_dir),
+    )
+    if accelerator.num_processes != train.processes:
+        raise RecipeError([_mismatch(train.processes, accelerator.num_processes)])
+    return World(accelerator)
+
+
+def _mismatch(expected: int, started: int) -> str:
+    if started < expected:
+        how = (
+            f"start {expected}: accelerate launch --multi_gpu --num_processes {expected} on GPUs; on CPU, where "
+            f"--cpu --num_processes starts one only, ACCELERATE_USE_CPU=true torchrun --nproc_per_node {expected}"
+        )
+    else:
+        how = f"launch {expected}, or set train.processes={started}"
+    return f"train.processes: the recipe expects {expected}, but {started} run; {how}"

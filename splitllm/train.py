@@ -1,0 +1,159 @@
+"""The whole job in one process per rank: check, load, train, save; reads from top to bottom.
+
+Losses are mean cross-entropy in nats per predicted token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from splitllm.errors import RunInterrupted
+from splitllm.metrics import Metrics, Tracker
+from splitllm.preflight import prepare
+from splitllm.recipe import Recipe, dump_recipe, what_leaves_the_device
+from splitllm.roles.assembly import Site, assemble, schedule_of
+from splitllm.roles.client import StepReport
+from splitllm.roles.server import Counts
+from splitllm.running.base import open_base
+from splitllm.running.interrupt import StopSignal
+from splitllm.running.outcome import finish, fingerprint, restore, save, saved_state
+from splitllm.running.state import Run
+from splitllm.running.world import World, open_world
+
+
+def train(recipe: Recipe, output_dir: str | os.PathLike[str], resume: bool = False) -> dict[str, Any]:
+    """Fine-tune as the recipe says; every tier runs in this process, or is spread over those of `accelerate launch`.
+
+    Args:
+        recipe: from `load_recipe`.
+        output_dir: receives recipe, metrics, checkpoints, adapter and summary; nothing is written before all checks pass.
+        resume: go on from the newest checkpoint in `output_dir`.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        RecipeError: the recipe cannot run, with every reason; or `--resume` meets another recipe.
+        CheckpointError: the base model or the checkpoint to resume from is not whole.
+        RunInterrupted: the user stopped the run; a checkpoint was left.
+    """
+    directory = Path(output_dir)
+    saved = saved_state(recipe, directory, resume)
+    world = open_world(recipe.train, directory)
+    plan = prepare(recipe)
+    data = fingerprint(plan.corpus, saved)
+    base = open_base(recipe, directory, world)
+    schedule = schedule_of(recipe.train.schedule, recipe.train.steps)
+    roles = assemble(recipe, plan.corpus, base, plan.modules, plan.bounds, schedule, _site(world))
+    tracker = _tracker(world, recipe)
+    with Metrics(directory, steps=recipe.train.steps, enabled=world.rank == 0, tracker=tracker) as metrics:
+        run = Run(plan, world, directory, roles, metrics, data)
+        if saved is not None:
+            restore(run, saved)
+        _announce(run)
+        with StopSignal() as stop:
+            return asyncio.run(_run(run, stop))
+
+
+async def _run(run: Run, stop: StopSignal) -> dict[str, Any]:
+    """Evaluate, train to the last step, evaluate, save."""
+    recipe = run.recipe.train
+    if run.totals.loss_before is None:
+        run.totals.loss_before = await _evaluate(run)
+    while run.step < recipe.steps:
+        if run.world.any(stop.asked):
+            raise RunInterrupted(_stopped(run, save(run)))
+        await _step(run)
+        last = run.step == recipe.steps
+        if recipe.eval_every and run.step % recipe.eval_every == 0 and not last:
+            await _evaluate(run)
+        if run.step % recipe.checkpoint_every == 0 and not last:
+            save(run)
+    if run.totals.loss_after is None:
+        run.totals.loss_after = await _evaluate(run)
+        save(run)
+    return finish(run)
+
+
+async def _step(run: Run) -> None:
+    """One optimiser step of every role, and its line of metrics."""
+    started = time.perf_counter()
+    reports = await asyncio.gather(*(client.step(run.step) for client in run.roles.clients))
+    seconds = time.perf_counter() - started
+    now, then = run.roles.traffic(), run.crossed
+    run.crossed, run.step = now, run.step + 1
+    loss, labels, tokens, up, down = run.world.sum_numbers([*_sums(reports), now.up - then.up, now.down - then.down])
+    run.totals.add(int(tokens), seconds, int(up), int(down))
+    if run.step % run.recipe.train.log_every and run.step < run.recipe.train.steps:
+        return
+    recent = run.totals.since_logged()
+    recipe = run.recipe.train
+    rate = recipe.optimizer.lr * schedule_of(recipe.schedule, recipe.steps)(run.step - 1)
+    run.metrics.log(
+        "train", step=run.step, loss=loss / labels, **recent, lr=rate, grad_norm=reports[0].norm, clients=_clients(run)
+    )
+
+
+async def _evaluate(run: Run) -> float:
+    """Mean loss over every client's held-out rows."""
+    reports = [await client.evaluate() for client in run.roles.clients]
+    run.crossed = run.roles.traffic()  # what an evaluation sends is not training traffic
+    loss, labels, tokens = run.world.sum_numbers(_sums(reports))
+    run.metrics.log("eval", step=run.step, loss=loss / labels, tokens=int(tokens))
+    return loss / labels
+
+
+def _sums(reports: Sequence[StepReport]) -> list[float]:
+    return [sum(r.loss for r in reports), sum(r.labels for r in reports), sum(r.tokens for r in reports)]
+
+
+def _clients(run: Run) -> int:
+    return next(iter(run.recipe.split.tiers.values()))
+
+
+def _announce(run: Run) -> None:
+    """The run's header; on rank 0 this is the first thing written."""
+    if run.world.rank == 0:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        (run.directory / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
+    tiers = zip(run.recipe.split.tiers.items(), run.plan.bounds, strict=True)
+    cut = " | ".join(f"{name} x{count}: blocks {start}..{stop - 1}" for (name, count), (start, stop) in tiers)
+    run.metrics.say(f"{run.recipe.model.base} cut into {cut}")
+    run.metrics.say(f"leaves the device: {what_leaves_the_device(run.recipe)}")
+    for share in run.plan.corpus.shares:
+        groups = f" ({', '.join(share.groups)})" if share.groups else ""
+        run.metrics.say(f"{share.client}: {share.examples} rows, {share.tokens} tokens{groups}")
+
+
+def _stopped(run: Run, folder: Path) -> str:
+    return (
+        f"stopped after step {run.step} of {run.recipe.train.steps}, which is saved in {folder}; "
+        f"run the same command with --resume to go on"
+    )
+
+
+def _site(world: World) -> Site:
+    def all_counts(counts: Counts) -> Counts:
+        if world.size == 1:
+            return counts
+        width = max(len(labels) for labels in counts.values())
+        clients = int(world.sum_numbers([len(counts)])[0])
+        flat = [0.0] * (clients * width)
+        for client, labels in counts.items():
+            flat[client * width : client * width + len(labels)] = labels
+        summed = [int(value) for value in world.sum_numbers(flat)]
+        return {client: summed[client * width : (client + 1) * width] for client in range(clients)}
+
+    return Site(world.rank, world.size, world.device, world.autocast, all_counts, world.sum_tensors)
+
+
+def _tracker(world: World, recipe: Recipe) -> Tracker | None:
+    if not recipe.train.trackers:
+        return None
+    world.accelerator.init_trackers("tensorboard")
+    return lambda values, step: world.accelerator.log(values, step=step)

@@ -1,0 +1,1 @@
+"""What travels between tiers: messages and the links that carry them."""
