@@ -89,7 +89,7 @@ def options_from_command_line() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16)
     parser.add_argument("--targets", default="c_attn", help="module names, separated by commas, or all-linear")
-    parser.add_argument("--lr", type=float, nargs="+", default=[3e-3], help="learning rates to try with LoRA")
+    parser.add_argument("--lr", type=float, nargs="*", default=[3e-3], help="learning rates to try with LoRA")
     parser.add_argument("--scratch-lr", type=float, nargs="*", default=[1e-3, 3e-3, 6e-3])
     parser.add_argument("--schedule", default="cosine")
     parser.add_argument("--warmup", type=int, default=10)

@@ -48,44 +48,60 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def save(folder: Path, state: TrainingState, keep: int) -> None:
-    """Write a checkpoint whole or not at all, then drop all but the newest `keep` beside it."""
+    """Write a checkpoint whole or not at all, then drop all but the newest `keep` beside it.
+
+    One that is there already is left alone: a step of a run has one state.
+    """
+    if folder.exists():
+        return
+    for unfinished in folder.parent.glob(".step-*.writing"):
+        shutil.rmtree(unfinished)
     temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     save_file(tensors, temporary / "state.safetensors")
-    described = {"format": FORMAT, "step": state.step, "recipe": state.recipe, "data": state.data, "totals": state.totals}
+    described = {
+        "format": FORMAT,
+        "step": state.step,
+        "recipe": state.recipe,
+        "data": state.data,
+        "totals": state.totals,
+    }
     (temporary / "state.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    for file in temporary.iterdir():
-        _flush(file)
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in (*temporary.iterdir(), temporary):
+        _flush(path)
     os.replace(temporary, folder)
+    _flush(folder.parent)
     for old in _folders(folder.parent)[:-keep]:
         shutil.rmtree(old)
 
 
-def newest(run_dir: Path) -> TrainingState:
-    """The newest checkpoint of a run.
+def newest(run_dir: Path) -> TrainingState | None:
+    """The newest checkpoint of a run, or None where there is none.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: it cannot be read.
     """
     folders = _folders(run_dir / "checkpoints")
     if not folders:
-        raise CheckpointError(f"--resume: {run_dir} has no checkpoint; start the run without --resume")
+        return None
     folder = folders[-1]
     try:
         described: Mapping[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "state.safetensors")
         if described["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: format {described['format']}, this version reads {FORMAT}")
+            raise CheckpointError(
+                f"{folder}: format {described['format']}, this version reads {FORMAT}; "
+                "resume with the version of splitllm that wrote it"
+            )
         return TrainingState(
             int(described["step"]), described["recipe"], described["data"], dict(described["totals"]), tensors
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{folder} cannot be read ({error}): delete it to resume from the one before") from error
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder} cannot be read ({reason}): {_remedy(folders)}") from error
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -94,6 +110,15 @@ def _folders(parent: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def _flush(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+def _remedy(folders: list[Path]) -> str:
+    before = f"from {folders[-2]}" if len(folders) > 1 else "from the beginning"
+    return f"delete it to resume {before}"
+
+
+def _flush(path: Path) -> None:
+    """Have the content of a file or folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from splitllm.data import Corpus, load_corpus
+from splitllm.data.sources import read_sources
 from splitllm.errors import CheckpointError, RecipeError, SplitLLMError
-from splitllm.model.export import load_adapter
+from splitllm.model.export import load_adapter, tensor_shapes
 from splitllm.model.families import layout_of
-from splitllm.model.loading import load_config, quiet_transformers
+from splitllm.model.loading import Checkpoint, load_config, quiet_transformers
 from splitllm.model.lora import block_of, matched_modules
+from splitllm.model.naming import in_text_model
 from splitllm.model.proof import admit
-from splitllm.recipe import Recipe, what_leaves_the_device
+from splitllm.recipe import LoraRecipe, Recipe, what_leaves_the_device
 
 T = TypeVar("T")
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -74,18 +80,21 @@ def prepare(recipe: Recipe) -> Plan:
     problems = _Problems()
     config = problems.attempt(lambda: model_config(recipe))
     modules: list[str] | None = None
-    if config is not None:
-        admitted = problems.attempt(lambda: admit(config, recipe.model.attention, packed=recipe.data.pack) or True)
+    layout = problems.attempt(lambda: layout_of(config)) if config is not None else None
+    if config is not None and layout is not None:
         problems.lines += _cut_problems(recipe, config)
-        if admitted:
+        shapes = problems.attempt(lambda: _admitted(config, recipe))
+        if shapes is not None:
+            problems.attempt(lambda: _check_tensors(recipe, shapes))
             modules = problems.attempt(lambda: matched_modules(config, _targets(recipe)))
-        if recipe.lora.start_from is not None:
-            problems.attempt(lambda: _start_fits(recipe, config))
+        if shapes is not None and recipe.lora.start_from is not None:
+            problems.attempt(lambda: _start_fits(recipe, config, shapes))
     problems.lines += _process_problems(recipe)
-    tokenizer = problems.attempt(lambda: load_tokenizer(recipe))
-    if tokenizer is not None and config is not None:
+    lost = config is None and recipe.model.tokenizer is None  # that the base cannot be read was said already
+    tokenizer = None if lost else problems.attempt(lambda: load_tokenizer(recipe))
+    if tokenizer is not None and config is not None and layout is not None:
         problems.lines += _vocabulary_problems(tokenizer, config, recipe)
-    corpus = problems.attempt(lambda: _corpus(recipe, tokenizer)) if tokenizer is not None else None
+    corpus = problems.attempt(lambda: _corpus(recipe, tokenizer))
     if problems.lines or config is None or modules is None or corpus is None:
         raise RecipeError(problems.lines)
     trained = [name for name in modules if _tier_trains(recipe, config, name)]
@@ -138,7 +147,13 @@ def model_config(recipe: Recipe) -> PreTrainedConfig:
     for key, value in (recipe.model.random or {}).items():
         if not hasattr(config, key):
             raise CheckpointError(f"model.random.{key}: {config.model_type} has no such setting")
-        setattr(config, key, value)
+        try:
+            setattr(config, key, value)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise CheckpointError(f"model.random.{key}: {value!r} is no value for it ({reason})") from error
+    if getattr(config, "num_hidden_layers", 1) < 1:
+        raise CheckpointError(f"model.base: its configuration has {config.num_hidden_layers} blocks: nothing to train")
     return config
 
 
@@ -153,14 +168,27 @@ def load_tokenizer(recipe: Recipe) -> Any:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(name, revision=recipe.model.revision)
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"model.tokenizer: cannot read a tokenizer from {name}: {first}") from error
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise CheckpointError(f"model.tokenizer: cannot read a tokenizer from {name}: {reason}") from error
 
 
 def tier_bounds(recipe: Recipe, layers: int) -> list[tuple[int, int]]:
     """First block and block after the last of every tier, bottom up."""
     edges = [0, *recipe.split.cuts, layers]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
+
+
+def _admitted(config: PreTrainedConfig, recipe: Recipe) -> Shapes:
+    """The shapes of the model's tensors, if it can be built and cut: else nothing about its modules can be said."""
+    shapes = tensor_shapes(config)
+    admit(config, recipe.model.attention, packed=recipe.data.pack)
+    return shapes
+
+
+def _check_tensors(recipe: Recipe, shapes: Shapes) -> None:
+    """Compare a local base with its configuration, reading no tensor; one on the hub is checked when it is loaded."""
+    if recipe.model.random is None and Path(recipe.model.base).is_dir():
+        Checkpoint(recipe.model.base).require(shapes)
 
 
 def _targets(recipe: Recipe) -> str | list[str] | None:
@@ -175,7 +203,9 @@ def _trains(recipe: Recipe, tier: str) -> bool:
 def _tier_trains(recipe: Recipe, config: PreTrainedConfig, module: str) -> bool:
     block, bounds = block_of(config, module), tier_bounds(recipe, config.num_hidden_layers)
     names = list(recipe.split.tiers)
-    return any(_trains(recipe, name) for name, (start, stop) in zip(names, bounds, strict=True) if start <= block < stop)
+    return any(
+        _trains(recipe, name) for name, (start, stop) in zip(names, bounds, strict=True) if start <= block < stop
+    )
 
 
 def _cut_problems(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
@@ -219,15 +249,22 @@ def layout_of_positions(config: PreTrainedConfig) -> bool:
         return False
 
 
-def _corpus(recipe: Recipe, tokenizer: Any) -> Corpus:
+def _corpus(recipe: Recipe, tokenizer: Any | None) -> Corpus | None:
+    """Every client's examples; without a tokenizer the files are read all the same, for what is wrong with them."""
+    if tokenizer is None:
+        for key, source in (("data.source", recipe.data.source), ("data.eval", recipe.data.eval)):
+            if source is not None:
+                read_sources(source, key)
+        return None
     clients = next(iter(recipe.split.tiers.values()))
     return load_corpus(recipe.data, tokenizer, clients=clients, batch_size=recipe.train.batch_size, seed=recipe.seed)
 
 
-def _start_fits(recipe: Recipe, config: PreTrainedConfig) -> None:
+def _start_fits(recipe: Recipe, config: PreTrainedConfig, shapes: Shapes) -> None:
     """The recipe must say what the adapter it starts from says."""
     lora = recipe.lora
-    peft_config, tensors = load_adapter(Path(str(lora.start_from)))
+    peft_config, named = load_adapter(Path(str(lora.start_from)))
+    tensors = in_text_model(named, layout_of(config))
     pairs = {
         "rank": (lora.rank, peft_config.r),
         "alpha": (lora.alpha, peft_config.lora_alpha),
@@ -242,13 +279,37 @@ def _start_fits(recipe: Recipe, config: PreTrainedConfig) -> None:
     matched = set(matched_modules(config, _targets(recipe)))
     stored = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in tensors}
     if stored != {name for name in matched if _tier_trains(recipe, config, name)}:
-        wrong.append(f"lora.targets: {lora.start_from} adapts other modules than this recipe: {_sample(stored, matched)}")
+        wrong.append(
+            f"lora.targets: {lora.start_from} adapts other modules than this recipe: {_sample(stored, matched)}"
+        )
+    elif not wrong:
+        wrong += [
+            f"lora.start_from: {lora.start_from}: {line}" for line in _misshapen(tensors, stored, shapes, lora)[:5]
+        ]
     if wrong:
         raise RecipeError(wrong)
+
+
+def _misshapen(tensors: Mapping[str, torch.Tensor], modules: set[str], shapes: Shapes, lora: LoraRecipe) -> list[str]:
+    """Adapter tensors that are missing, or made for other widths (GPT-2 stores its weights transposed)."""
+    wrong = []
+    for module in sorted(modules):
+        name = f"base_model.model.{module}.lora_"
+        a, b = tensors.get(f"{name}A.weight"), tensors.get(f"{name}B.weight")
+        if a is None or b is None or (lora.dora and f"{name}magnitude_vector" not in tensors):
+            wrong.append(f"tensors of {module} are missing")
+        elif (b.shape[0], a.shape[-1]) not in (shapes[f"{module}.weight"], shapes[f"{module}.weight"][::-1]):
+            widths = f"{a.shape[-1]} to {b.shape[0]}"
+            wrong.append(f"{module} is adapted from {widths}, the base has {list(shapes[f'{module}.weight'])}")
+        elif (a.shape[0], b.shape[-1]) != (lora.rank, lora.rank):
+            wrong.append(f"{module} has rank {a.shape[0]} and {b.shape[-1]}, its adapter_config.json says {lora.rank}")
+    return wrong
 
 
 def _sample(stored: set[str], matched: set[str]) -> str:
     more, less = sorted(stored - matched)[:2], sorted(matched - stored)[:2]
     return "; ".join(
-        part for part in (f"only in the adapter {more}" if more else "", f"only in the recipe {less}" if less else "") if part
+        part
+        for part in (f"only in the adapter {more}" if more else "", f"only in the recipe {less}" if less else "")
+        if part
     )

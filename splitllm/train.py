@@ -15,15 +15,15 @@ from typing import Any
 from splitllm.errors import RunInterrupted
 from splitllm.metrics import Metrics, Tracker
 from splitllm.preflight import prepare
-from splitllm.recipe import Recipe, dump_recipe, what_leaves_the_device
+from splitllm.recipe import Recipe, what_leaves_the_device
 from splitllm.roles.assembly import Site, assemble, schedule_of
 from splitllm.roles.client import StepReport
 from splitllm.roles.server import Counts
 from splitllm.running.base import open_base
 from splitllm.running.interrupt import StopSignal
-from splitllm.running.outcome import finish, fingerprint, restore, save, saved_state
+from splitllm.running.outcome import fingerprint, finish, keep_recipe, restore, save, saved_state
 from splitllm.running.state import Run
-from splitllm.running.world import World, open_world
+from splitllm.running.world import World, open_world, share_cores
 
 
 def train(recipe: Recipe, output_dir: str | os.PathLike[str], resume: bool = False) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def train(recipe: Recipe, output_dir: str | os.PathLike[str], resume: bool = Fal
 
     Args:
         recipe: from `load_recipe`.
-        output_dir: receives recipe, metrics, checkpoints, adapter and summary; nothing is written before all checks pass.
+        output_dir: receives recipe, metrics, checkpoints, adapter and summary, once all checks have passed.
         resume: go on from the newest checkpoint in `output_dir`.
 
     Returns:
@@ -44,17 +44,17 @@ def train(recipe: Recipe, output_dir: str | os.PathLike[str], resume: bool = Fal
     """
     directory = Path(output_dir)
     saved = saved_state(recipe, directory, resume)
-    world = open_world(recipe.train, directory)
+    share_cores(recipe.train)
     plan = prepare(recipe)
     data = fingerprint(plan.corpus, saved)
+    world = open_world(recipe.train, directory)
     base = open_base(recipe, directory, world)
     schedule = schedule_of(recipe.train.schedule, recipe.train.steps)
     roles = assemble(recipe, plan.corpus, base, plan.modules, plan.bounds, schedule, _site(world))
     tracker = _tracker(world, recipe)
     with Metrics(directory, steps=recipe.train.steps, enabled=world.rank == 0, tracker=tracker) as metrics:
         run = Run(plan, world, directory, roles, metrics, data)
-        if saved is not None:
-            restore(run, saved)
+        restore(run, saved)
         _announce(run)
         with StopSignal() as stop:
             return asyncio.run(_run(run, stop))
@@ -119,8 +119,7 @@ def _clients(run: Run) -> int:
 def _announce(run: Run) -> None:
     """The run's header; on rank 0 this is the first thing written."""
     if run.world.rank == 0:
-        run.directory.mkdir(parents=True, exist_ok=True)
-        (run.directory / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
+        keep_recipe(run)
     tiers = zip(run.recipe.split.tiers.items(), run.plan.bounds, strict=True)
     cut = " | ".join(f"{name} x{count}: blocks {start}..{stop - 1}" for (name, count), (start, stop) in tiers)
     run.metrics.say(f"{run.recipe.model.base} cut into {cut}")

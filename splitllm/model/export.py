@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from splitllm.errors import CheckpointError
-from splitllm.model.loading import load_config, quiet_transformers
+from splitllm.model.families import layout_of
+from splitllm.model.loading import Checkpoint, load_config, quiet_transformers
+from splitllm.model.shard import meta_model
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: LoraConfig) -> None:
@@ -59,14 +62,34 @@ def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
 
 
 def unsplit_model(base: str, dtype: torch.dtype | None = None, revision: str | None = None) -> PreTrainedModel:
-    """The whole text model, as Hugging Face loads it (the text part of a multimodal checkpoint)."""
+    """The whole model as `AutoModelForCausalLM` loads it; of a multimodal checkpoint that is the multimodal model.
+
+    Raises:
+        CheckpointError: its configuration or tensors are missing or misshapen; Hugging Face would draw those at random.
+        FamilyError: it is no decoder of a known family.
+    """
     config = load_config(base, revision)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    layout_of(config)
+    Checkpoint(base, revision).require(tensor_shapes(config))
     with quiet_transformers():
-        model: PreTrainedModel = model_class.from_pretrained(
-            base, config=config, dtype=dtype or "auto", revision=revision
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto", revision=revision)
     return model.eval()
+
+
+def tensor_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the unsplit model has (a tied head is the embedding).
+
+    Raises:
+        CheckpointError: the configuration's settings contradict one another.
+    """
+    try:
+        with quiet_transformers():
+            model = meta_model(config, torch.float32)
+    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"model.base: no model can be built from its configuration ({first})") from error
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
 
 
 def with_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
@@ -77,7 +100,8 @@ def with_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     """
     config, tensors = load_adapter(adapter)
     try:
-        model = PeftModel.from_pretrained(base, str(adapter), config=config)
+        with warnings.catch_warnings(action="ignore"):  # of tensors that do not fit, which are counted below
+            model = PeftModel.from_pretrained(base, str(adapter), config=config)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{adapter} does not fit this base: {str(error).splitlines()[0]}") from error
     own = sum(1 for name, _ in model.named_parameters() if ".lora_" in name)
@@ -87,7 +111,7 @@ def with_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
 
 
 def merge(adapter: Path, base: str, output_dir: Path) -> None:
-    """Merge an adapter into its base and save an ordinary Hugging Face model, tokenizer included.
+    """Merge an adapter into its base and save an ordinary Hugging Face model, with the base's tokenizer if it has one.
 
     Args:
         adapter: a PEFT adapter folder.
@@ -95,24 +119,38 @@ def merge(adapter: Path, base: str, output_dir: Path) -> None:
         output_dir: must not exist, or be empty.
 
     Raises:
-        CheckpointError: adapter and base do not fit, or `output_dir` is in use.
+        CheckpointError: adapter and base do not fit, one of them cannot be read, or `output_dir` is in use.
+        FamilyError: the base is no decoder of a known family.
     """
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise CheckpointError(f"--output-dir: {output_dir} is not empty; name a new folder")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise CheckpointError(f"--output-dir: {output_dir} is not an empty folder; name a new one")
+    load_adapter(adapter)
     merged = with_adapter(unsplit_model(base), adapter).merge_and_unload()
     temporary = output_dir.with_name(f".{output_dir.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
-    with quiet_transformers():
-        merged.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(base).save_pretrained(temporary)
-    if output_dir.exists():
-        output_dir.rmdir()
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(temporary, output_dir)
+    try:
+        with quiet_transformers():
+            merged.save_pretrained(temporary)
+            _copy_tokenizer(base, temporary)
+        if output_dir.exists():
+            output_dir.rmdir()
+        os.replace(temporary, output_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_tokenizer(base: str, folder: Path) -> None:
+    """Save the base's tokenizer; a base without one (drawn at random, say) is merged without."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError, KeyError):
+        return
+    tokenizer.save_pretrained(folder)
 
 
 def whole_model_loss(
-    model: nn.Module, batches: Sequence[tuple[torch.Tensor, Sequence[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]
+    model: nn.Module,
+    batches: Sequence[tuple[torch.Tensor, Sequence[int], torch.Tensor, torch.Tensor, torch.Tensor | None]],
 ) -> float:
     """Mean cross-entropy per predicted token by a plain forward of the unsplit model (no splitllm code in it).
 

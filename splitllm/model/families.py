@@ -1,8 +1,8 @@
 """Which decoder families can be cut, and where their parts sit.
 
-A family is a row: the names of its embeddings, blocks and final norm. Families that declare `base_model_pp_plan` need no
-row. Being in the table is not enough: `splitllm.model.proof` cuts a small random twin and compares before real weights
-are touched.
+A family is a row: the names of its embeddings, blocks and final norm. Families that declare `base_model_pp_plan` need
+no row. Being in the table is not enough: `splitllm.model.proof` cuts a small random twin and compares before real
+weights are touched.
 """
 
 from __future__ import annotations

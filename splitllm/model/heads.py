@@ -59,7 +59,7 @@ class Head(nn.Module):
         normed_ND = self.norm(hidden_ND)
         if self._fused_exact(normed_ND):
             return self._fused(normed_ND, targets_N)
-        total: torch.Tensor = _ChunkedLoss.apply(normed_ND, targets_N, self)
+        total: torch.Tensor = _ChunkedLoss.apply(normed_ND, targets_N, self)  # type: ignore[no-untyped-call]
         return total
 
     def _fused_exact(self, normed_ND: torch.Tensor) -> bool:
@@ -69,7 +69,12 @@ class Head(nn.Module):
         """
         plain = self.softcap is None and self.multiplier is None and self.divisor is None
         wide = normed_ND.dtype in (torch.float32, torch.float64) and normed_ND.dtype == self.output.weight.dtype
-        return plain and wide and hasattr(F, "linear_cross_entropy") and not torch.is_autocast_enabled(normed_ND.device.type)
+        return (
+            plain
+            and wide
+            and hasattr(F, "linear_cross_entropy")
+            and not torch.is_autocast_enabled(normed_ND.device.type)
+        )
 
     def _fused(self, normed_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=self._chunk(normed_ND))
@@ -79,9 +84,11 @@ class Head(nn.Module):
         return total
 
     def _chunk(self, normed_ND: torch.Tensor) -> int:
-        """Positions whose logits are held at once."""
-        per_position = self.output.weight.shape[0] * max(4, normed_ND.element_size())
-        return max(1, min(normed_ND.shape[0], CHUNK_BYTES // per_position))
+        """Positions whose logits are held at once: chunks of even size, as each of them reads the whole weight."""
+        positions = normed_ND.shape[0]
+        limit = max(1, CHUNK_BYTES // (self.output.weight.shape[0] * max(4, normed_ND.element_size())))
+        chunks = math.ceil(positions / limit)
+        return math.ceil(positions / chunks) if chunks else 1
 
     def _shape(self, logits: torch.Tensor) -> torch.Tensor:
         if self.multiplier is not None:
@@ -100,19 +107,25 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, normed_ND: torch.Tensor, targets_N: torch.Tensor, head: Head) -> torch.Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, normed_ND: torch.Tensor, targets_N: torch.Tensor, head: Head
+    ) -> torch.Tensor:
         gradient_ND = torch.empty_like(normed_ND) if normed_ND.requires_grad else None
-        total = normed_ND.new_zeros((), dtype=torch.promote_types(normed_ND.dtype, torch.float32))
+        wide = torch.promote_types(normed_ND.dtype, torch.float32)
+        total = normed_ND.new_zeros((), dtype=wide)
         size = head._chunk(normed_ND)
         for start in range(0, normed_ND.shape[0], size):
             chunk = slice(start, start + size)
             with torch.enable_grad():
                 hidden_CD = normed_ND[chunk].detach().requires_grad_(gradient_ND is not None)
                 logits_CV = head._shape(head.output(hidden_CD))
-                loss = F.cross_entropy(logits_CV.to(total.dtype), targets_N[chunk], reduction="sum")
-            total += loss.detach()
-            if gradient_ND is not None:
-                gradient_ND[chunk] = torch.autograd.grad(loss, hidden_CD)[0]
+            logarithms_CV = torch.log_softmax(logits_CV.detach(), dim=-1, dtype=wide)
+            index_C1 = targets_N[chunk].unsqueeze(1)
+            total -= logarithms_CV.gather(1, index_C1).sum()
+            if gradient_ND is not None:  # of the logits: the probabilities, less 1 at the target
+                gradient_CV = logarithms_CV.exp_()
+                gradient_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=wide))
+                gradient_ND[chunk] = torch.autograd.grad(logits_CV, hidden_CD, gradient_CV.to(logits_CV.dtype))[0]
         if gradient_ND is not None:
             ctx.save_for_backward(gradient_ND)
         return total

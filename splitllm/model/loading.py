@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 MAX_HEADER_BYTES = 100_000_000  # the limit the safetensors format itself sets
+PIECE_BYTES = 4 * 2**20  # of the stored dtype in memory at once where it is converted
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,13 @@ class Checkpoint:
         self._entries: dict[str, Entry] = {}
         for file in _weight_files(self.name, revision):
             self._entries.update(read_index(file))
-        self._aliases = {_bare(name): name for name in self._entries}
+        self._aliases = {bare_name(name): name for name in self._entries}
 
     def find(self, name: str) -> Entry | None:
         """The stored tensor for a parameter of the text model, whatever prefix the checkpoint gives its names."""
         if name in self._entries:
             return self._entries[name]
-        alias = self._aliases.get(_bare(name))
+        alias = self._aliases.get(bare_name(name))
         return self._entries[alias] if alias else None
 
     def read(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -108,7 +111,10 @@ class Checkpoint:
             CheckpointError: it is missing, or its shape is not `shape`.
         """
         entry = self.require({name: tuple(shape)})[name]
-        return _read(entry, [(0, entry.shape[0] if entry.shape else 1)]).reshape(entry.shape).to(dtype)
+        rows = entry.shape[0] if entry.shape else 1
+        if entry.dtype == dtype:
+            return _read(entry, [(0, rows)]).reshape(entry.shape)
+        return _read_as(entry, rows, dtype)
 
     def require(self, wanted: dict[str, tuple[int, ...]]) -> dict[str, Entry]:
         """The entries for `wanted` (name -> shape).
@@ -146,6 +152,8 @@ def load_config(model: str | Path, revision: str | None = None) -> PreTrainedCon
     Raises:
         CheckpointError: the folder or hub name has no readable config.json.
     """
+    if not Path(model).is_dir() and not HUB_NAME.fullmatch(str(model)):
+        raise CheckpointError(f"model.base: there is no folder {model} (seen from {Path.cwd()}); correct the path")
     try:
         config = AutoConfig.from_pretrained(str(model), revision=revision)
     except (OSError, ValueError, KeyError) as error:
@@ -176,9 +184,7 @@ def _weight_files(model: str, revision: str | None) -> list[Path]:
     """The checkpoint's safetensors files, fetched from the hub if need be."""
 
     def fetch(name: str) -> str | None:
-        path: str | None = cached_file(
-            model, name, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
+        path: str | None = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         return path
 
     single = fetch(SAFE_WEIGHTS_NAME)
@@ -195,7 +201,7 @@ def _weight_files(model: str, revision: str | None) -> list[Path]:
     return [Path(path) for _, path in files if path]
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
     """A tensor's name without the wrappers that checkpoints put before it (`model.language_model.`, `transformer.`)."""
     parts = name.split(".")
     while len(parts) > 1 and parts[0] in {"model", "transformer", "language_model", "text_model"}:
@@ -218,7 +224,7 @@ def _read(entry: Entry, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
     """The given runs of rows, one after another, as a flat tensor of the stored dtype."""
     row_bytes = entry.row_bytes if entry.shape else entry.nbytes
     flat = torch.empty(sum(stop - start for start, stop in runs) * row_bytes, dtype=torch.uint8)
-    view, done = memoryview(flat.numpy()), 0
+    view, done = memoryview(flat.numpy().data), 0
     descriptor = os.open(entry.file, os.O_RDONLY)
     try:
         for start, stop in runs:
@@ -231,6 +237,17 @@ def _read(entry: Entry, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
     finally:
         os.close(descriptor)
     return flat.view(entry.dtype)
+
+
+def _read_as(entry: Entry, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """The whole tensor in another dtype, converted piece by piece: it is never in memory in both."""
+    whole = torch.empty(entry.shape, dtype=dtype)
+    flat, width = whole.view(-1), entry.row_bytes // entry.dtype.itemsize
+    step = max(1, PIECE_BYTES // max(1, entry.row_bytes))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        flat[start * width : stop * width] = _read(entry, [(start, stop)])
+    return whole
 
 
 def _shorten(lines: list[str], most: int = 8) -> list[str]:

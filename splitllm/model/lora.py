@@ -33,7 +33,9 @@ def target_modules(config: PreTrainedConfig, targets: str | Sequence[str] | None
         return targets if isinstance(targets, str) else list(targets)
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type)
     if known is None:
-        raise RecipeError([f"lora.targets: PEFT has no default for {config.model_type}: name the modules or all-linear"])
+        raise RecipeError(
+            [f"lora.targets: PEFT has no default for {config.model_type}: name the modules or all-linear"]
+        )
     return sorted(known)
 
 
@@ -74,7 +76,9 @@ def _block_pattern(config: PreTrainedConfig) -> re.Pattern[str]:
     return re.compile(rf"{layout.base}\.{layout.blocks}\.(\d+)\.")
 
 
-def lora_config(config: PreTrainedConfig, lora: LoraRecipe, modules: str | Sequence[str], base: str | None = None) -> LoraConfig:
+def lora_config(
+    config: PreTrainedConfig, lora: LoraRecipe, modules: str | Sequence[str], base: str | None = None
+) -> LoraConfig:
     """PEFT's configuration of this adapter for the modules given."""
     conv = config.model_type == "gpt2"  # its linear layers are Conv1D, stored transposed
     return LoraConfig(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -39,18 +41,18 @@ def admit(config: PreTrainedConfig, attention: str | None = None, *, packed: boo
         FamilyError: it does not, or no twin can be built; the message names the family and the reason.
     """
     layout_of(config)
-    reason = _verdict(config.to_json_string(), type(config), attention, packed)
+    reason = _verdict(config.to_json_string(), type(config).from_dict, attention, packed)
     if reason:
         raise FamilyError(f"model.base: {config.model_type} cannot be cut: {reason}")
 
 
 @lru_cache(maxsize=64)
-def _verdict(config_json: str, kind: type[PreTrainedConfig], attention: str | None, packed: bool) -> str | None:
+def _verdict(config_json: str, from_dict: Callable[..., Any], attention: str | None, packed: bool) -> str | None:
     """Why the family is refused, or None."""
     state = torch.random.get_rng_state()
     try:
         with quiet_transformers():
-            return _compare(twin_config(kind.from_dict(json.loads(config_json))), attention, packed)
+            return _compare(twin_config(from_dict(json.loads(config_json))), attention, packed)
     except SplitLLMError as error:
         return f"its twin does not load: {error}".replace("\n", "; ")
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
@@ -122,7 +124,9 @@ def _cut_equals_whole(whole: PreTrainedModel, folder: Path, ids_BS: torch.Tensor
     wanted = torch.autograd.grad(loss, probe)
 
     names = {id(p): name for name, p in whole.named_parameters()}
-    ours = [_owner(layer, layers, front, middle, top).model.get_parameter(names[id(p)]) for layer, p in enumerate(probe)]
+    ours = [
+        _owner(layer, layers, front, middle, top).model.get_parameter(names[id(p)]) for layer, p in enumerate(probe)
+    ]
     for parameter in ours:
         parameter.requires_grad_(True)
     hidden_BSD = middle(front(ids_BS))
@@ -147,7 +151,11 @@ def _packed_equals_alone(whole: PreTrainedModel, ids_BS: torch.Tensor) -> str | 
         alone = whole(input_ids=ids_BS, use_cache=False).logits
         packed = whole(input_ids=ids_BS.reshape(1, -1), position_ids=positions, use_cache=False).logits
     error = _error(packed.reshape(alone.shape), alone)
-    return None if error <= PACKED_TOLERANCE else f"packed rows differ from the rows alone by {error:.1e}: set data.pack=false"
+    return (
+        None
+        if error <= PACKED_TOLERANCE
+        else f"packed rows differ from the rows alone by {error:.1e}: set data.pack=false"
+    )
 
 
 def _owner(layer: int, layers: int, front: Shard, middle: Shard, top: Shard) -> Shard:

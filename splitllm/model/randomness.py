@@ -17,7 +17,7 @@ class MicroBatchId(NamedTuple):
 
     step: int
     client: int
-    index: int
+    number: int
 
 
 def seed_of(*key: int | str) -> int:
@@ -38,8 +38,12 @@ class DropoutKey:
 
     def reseed(self, layer: int) -> None:
         """Start the masks of one layer."""
-        if self.micro_batch is not None:
-            torch.manual_seed(seed_of("dropout", self.seed, *self.micro_batch, layer))
+        if self.micro_batch is None:
+            return
+        seed = seed_of("dropout", self.seed, *self.micro_batch, layer)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed does the same for every backend, in milliseconds
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed)
 
 
 def key_dropout(module: nn.Module, layer: int, key: DropoutKey) -> None:

@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from splitllm.errors import CheckpointError
 from splitllm.model.families import Layout, layout_of
@@ -176,7 +177,9 @@ class Shard(nn.Module):
         blocks = config.num_hidden_layers
         stop = blocks if stop is None else stop
         if not 0 <= start <= stop <= blocks or (stop == 0 and start == 0):
-            raise CheckpointError(f"blocks {start} to {stop} of {checkpoint.name}: the model has blocks 0 to {blocks - 1}")
+            raise CheckpointError(
+                f"blocks {start} to {stop} of {checkpoint.name}: the model has blocks 0 to {blocks - 1}"
+            )
         dtype = dtype or config.dtype or torch.float32
         whole = meta_model(config, dtype, attention)
         embedding_module, norm, output = _parts(whole, layout)
@@ -242,7 +245,11 @@ class Shard(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep only the blocks' inputs for the backward and run each block again there."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model, settings = self.model, {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.20 or so
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
     def _key_dropout(self) -> None:
         base: nn.Module = getattr(self.model, self.layout.base)
@@ -255,7 +262,7 @@ class Shard(nn.Module):
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
     """The whole model without its weights; buffers that no checkpoint holds (rotary frequencies) are real."""
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=dtype, attn_implementation=attention
         )

@@ -128,7 +128,11 @@ def clip_factor(norm: float, limit: float | None) -> float:
 
 def _adamw(parameters: list[nn.Parameter], recipe: OptimizerRecipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        parameters, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps, weight_decay=recipe.weight_decay
+        parameters,
+        lr=recipe.lr,
+        betas=(recipe.betas[0], recipe.betas[1]),
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
     )
 
 

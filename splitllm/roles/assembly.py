@@ -14,7 +14,8 @@ from splitllm.data.batching import BatchStream, eval_batches
 from splitllm.data.corpus import Corpus
 from splitllm.model.export import load_adapter
 from splitllm.model.loading import Checkpoint
-from splitllm.model.lora import add_lora, adapter_parameters
+from splitllm.model.lora import adapter_parameters, add_lora
+from splitllm.model.naming import in_text_model
 from splitllm.model.shard import Shard
 from splitllm.model.trainable import Trainable
 from splitllm.recipe import Recipe, ScheduleRecipe
@@ -126,7 +127,7 @@ class _Assembly:
         if tiers == 1:
             here = _share(self.counts[0], self.site)
             top = self._server("coordinator", [self._role(0, index) for index in here], None, self._top())
-            self._clients(here, {index: top for index in here})
+            self._clients(here, dict.fromkeys(here, top))
             return self.roles
         below = _share(self.counts[-2], self.site)
         top = self._server(
@@ -136,7 +137,7 @@ class _Assembly:
             self._top(),
             replicas=self.site.size,
         )
-        parents = {index: top for index in below}
+        parents = dict.fromkeys(below, top)
         for tier in range(tiers - 2, 0, -1):
             parents = self._tier(tier, parents)
         self._clients(sorted(parents), parents)
@@ -221,7 +222,8 @@ class _Assembly:
         """Start from an existing adapter instead of a new one."""
         if self.recipe.lora.start_from is None:
             return
-        _, tensors = load_adapter(Path(self.recipe.lora.start_from))
+        _, stored = load_adapter(Path(self.recipe.lora.start_from))
+        tensors = in_text_model(stored, shard.layout)
         for name, parameter in adapter_parameters(shard).items():
             parameter.data.copy_(tensors[name])
 
@@ -258,7 +260,7 @@ def schedule_of(schedule: ScheduleRecipe, steps: int) -> Callable[[int], float]:
 def token_weights(counts: Counts) -> LossWeights:
     """Every label weighs the same, as in one big batch."""
     total = sum(sum(labels) for labels in counts.values())
-    return {client: 1.0 / total if total else 0.0 for client in counts}
+    return dict.fromkeys(counts, 1.0 / total if total else 0.0)
 
 
 def tenant_weights(counts: Counts) -> LossWeights:

@@ -94,9 +94,7 @@ class Client:
         losses = []
         for index, batch in enumerate(self.evaluation):
             losses.append(await self._evaluate(MicroBatchId(-1, self.index, index), batch))
-        return StepReport(
-            sum(losses), sum(b.labels for b in self.evaluation), sum(b.tokens for b in self.evaluation)
-        )
+        return StepReport(sum(losses), sum(b.labels for b in self.evaluation), sum(b.tokens for b in self.evaluation))
 
     async def _open(self, ids: Sequence[MicroBatchId], labels: list[int]) -> float:
         """Announce the step's label counts; learn what one nat of this client's loss weighs."""

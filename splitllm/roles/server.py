@@ -163,7 +163,9 @@ class Server:
         run, output = self._waiting.pop(micro_batch)
         gradient: torch.Tensor | None = message.tensors["gradient_ND"]
         if self.uplink is not None:
-            reply = await self.uplink.request(Message("backward", self.name, message.micro_batch, tensors=message.tensors))
+            reply = await self.uplink.request(
+                Message("backward", self.name, message.micro_batch, tensors=message.tensors)
+            )
             gradient = reply.tensors.get("gradient_TD")
         below = None if gradient is None else self._need_worker().backward(run, gradient, output)
         tensors = {} if below is None else {"gradient_TD": below}

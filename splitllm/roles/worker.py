@@ -41,7 +41,9 @@ class Worker:
         trainable: its adapter and optimiser.
     """
 
-    def __init__(self, shard: Shard, trainable: Trainable, device: torch.device, autocast: Autocast = nullcontext) -> None:
+    def __init__(
+        self, shard: Shard, trainable: Trainable, device: torch.device, autocast: Autocast = nullcontext
+    ) -> None:
         self.shard, self.trainable, self.device, self.autocast = shard, trainable, device, autocast
         self._activations, self._largest = 0, 0
 
@@ -91,12 +93,12 @@ class Worker:
         if not target.requires_grad:
             return None
         self.shard.key.micro_batch = run.micro_batch
-        target.backward(gradient.to(self.device))
+        torch.autograd.backward(target, gradient.to(self.device))
         self.trainable.collect(run.micro_batch)
         return None if run.input_TD is None else run.input_TD.grad
 
     def peak(self) -> dict[str, int]:
-        """Bytes of tensors this role held at most: weights, adapter with its optimiser, activations for the backward."""
+        """Bytes of tensors this role held at most: weights, adapter with optimiser, activations for the backward."""
         frozen = {p.untyped_storage().data_ptr(): p.nbytes for p in self.shard.parameters() if not p.requires_grad}
         state = sum(tensor.nbytes for tensor in self.trainable.state().values())
         return {"weights": sum(frozen.values()), "adapter and optimiser": state, "activations": self._activations}

@@ -21,7 +21,8 @@ def open_base(recipe: Recipe, directory: Path, world: World) -> Checkpoint:
 
     Args:
         recipe: `model` and `seed` are read.
-        directory: of the run; weights that `model.random` asks for are drawn once and kept in `base/` there.
+        directory: of the run; weights that `model.random` asks for are drawn once and kept in `base/` there (what lies
+            there before the run's recipe does is left over from a start that failed, and drawn again).
         world: rank 0 draws, the others wait.
 
     Raises:
@@ -30,7 +31,7 @@ def open_base(recipe: Recipe, directory: Path, world: World) -> Checkpoint:
     if recipe.model.random is None:
         return Checkpoint(recipe.model.base, recipe.model.revision)
     folder = base_folder(recipe, directory)
-    if world.rank == 0 and not Path(folder).exists():
+    if world.rank == 0 and not ((directory / "recipe.yaml").exists() and Path(folder).exists()):
         _draw(recipe, Path(folder))
     world.wait()
     return Checkpoint(folder)
@@ -43,7 +44,8 @@ def base_folder(recipe: Recipe, directory: Path) -> str:
 
 def _draw(recipe: Recipe, folder: Path) -> None:
     temporary = folder.with_name(".base.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in (temporary, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
     torch.manual_seed(recipe.seed)
     with quiet_transformers():
         model = AutoModelForCausalLM.from_config(model_config(recipe), dtype=DTYPES[recipe.model.dtype])

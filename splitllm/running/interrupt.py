@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
+SAME_SECONDS = 3.0
+"""Of two signals this close the second is an echo: `torchrun` repeats to its workers what the terminal sent them."""
+
 
 class StopSignal:
-    """Inside this context the first Ctrl-C (or SIGTERM) is noted, and a second one ends the run at once.
+    """Inside this context the first Ctrl-C (or SIGTERM) is noted, and a later one ends the run at once.
 
     Attributes:
         asked: whether the user wants the run to stop.
@@ -17,6 +21,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.asked = False
+        self._first = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -32,6 +37,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and time.monotonic() - self._first > SAME_SECONDS:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self._first = True, time.monotonic()

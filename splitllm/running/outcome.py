@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import blake2b
 from importlib.metadata import version
@@ -12,19 +14,21 @@ from typing import Any
 import torch
 
 from splitllm import checkpoint
-from splitllm.running.base import base_folder
 from splitllm.data import Corpus, eval_batches
-from splitllm.errors import RecipeError
+from splitllm.errors import CheckpointError, RecipeError
 from splitllm.metrics import human_bytes
 from splitllm.model.export import save_adapter, unsplit_model, whole_model_loss, with_adapter
 from splitllm.model.lora import lora_config, target_modules
-from splitllm.recipe import Recipe, changed_keys, what_leaves_the_device
+from splitllm.model.naming import names_in_unsplit, rename_tensors
+from splitllm.recipe import Recipe, changed_keys, dump_recipe, load_recipe, what_leaves_the_device
 from splitllm.roles.assembly import DTYPES
+from splitllm.running.base import base_folder
 from splitllm.running.state import Run, Totals
 
 HARMLESS = ("train.keep:", "train.log_every:", "train.trackers:", "train.checkpoint_every:", "train.eval_every:")
 PACKAGES = ("splitllm", "torch", "transformers", "peft", "accelerate", "datasets")
 MIB = 2**20
+RECIPE = "recipe.yaml"
 
 
 def fingerprint(corpus: Corpus, saved: checkpoint.TrainingState | None = None) -> str:
@@ -47,27 +51,47 @@ def fingerprint(corpus: Corpus, saved: checkpoint.TrainingState | None = None) -
 def saved_state(recipe: Recipe, directory: Path, resume: bool) -> checkpoint.TrainingState | None:
     """The checkpoint to go on from, or None for a new run.
 
+    A run that was killed before its first checkpoint has nothing to go on from; resumed, it starts again.
+
     Raises:
         RecipeError: the folder holds a run and `--resume` was not given, or the recipe changed.
-        CheckpointError: there is nothing to resume.
+        CheckpointError: there is nothing to resume, or it cannot be read.
     """
+    if directory.exists() and not directory.is_dir():
+        raise RecipeError([f"--output-dir: {directory} is a file; name a folder"])
+    started = (directory / RECIPE).exists()
+    if started and not resume:
+        raise RecipeError(
+            [f"--output-dir: {directory} holds a run; add --resume to go on with it, or name a new folder"]
+        )
     if not resume:
-        if (directory / "recipe.yaml").exists():
-            raise RecipeError(
-                [f"--output-dir: {directory} holds a run; add --resume to go on with it, or name a new folder"]
-            )
         return None
+    if not started:
+        raise CheckpointError(f"--resume: {directory} holds no run; start it without --resume")
     saved = checkpoint.newest(directory)
-    changed = changed_keys(Recipe.model_validate(saved.recipe), recipe)
+    changed = changed_keys(_recipe_of(directory, saved), recipe)
     harmful = [line for line in changed if not line.startswith(HARMLESS)]
     if harmful:
         raise RecipeError([f"--resume: the recipe is not that of {directory}: {line}" for line in harmful])
     return saved
 
 
+def _recipe_of(directory: Path, saved: checkpoint.TrainingState | None) -> Recipe:
+    """The recipe that a run was started with."""
+    if saved is None:
+        return load_recipe(directory / RECIPE)
+    try:
+        return Recipe.model_validate(saved.recipe)
+    except ValueError as error:
+        raise CheckpointError(
+            f"--resume: {directory} was written by a version of splitllm whose recipes this one cannot read; "
+            "resume with that version"
+        ) from error
+
+
 def save(run: Run) -> Path:
     """Write a checkpoint of the step just done."""
-    totals = {name: value for name, value in asdict(run.totals).items() if name != "logged" and value is not None}
+    totals = {name: value for name, value in asdict(run.totals).items() if value is not None}
     state = checkpoint.TrainingState(run.step, run.recipe.model_dump(mode="json"), run.data, totals, run.roles.state())
     folder = checkpoint.folder_of(run.directory, run.step)
     if run.world.rank == 0:
@@ -76,18 +100,31 @@ def save(run: Run) -> Path:
     return folder
 
 
-def restore(run: Run, saved: checkpoint.TrainingState) -> None:
-    """Put a checkpoint on every role and drop the metrics that came after it."""
+def keep_recipe(run: Run) -> None:
+    """Write the resolved recipe, whole or not at all; from then on the folder holds a run."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    temporary = run.directory / f".{RECIPE}.writing"
+    temporary.write_text(dump_recipe(run.recipe), encoding="utf-8")
+    os.replace(temporary, run.directory / RECIPE)
+
+
+def restore(run: Run, saved: checkpoint.TrainingState | None) -> None:
+    """Put a checkpoint on every role and drop the metrics that came after it: all of them where there is none.
+
+    Raises:
+        CheckpointError: its adapter is not that of this run.
+    """
+    if saved is None:
+        run.metrics.truncate_to(-1)
+        return
+    wanted = {name: tensor.shape for name, tensor in run.roles.state().items()}
+    odd = [name for name, shape in wanted.items() if name not in saved.tensors or saved.tensors[name].shape != shape]
+    if odd:
+        folder = checkpoint.folder_of(run.directory, saved.step)
+        raise CheckpointError(f"{folder}: {odd[0]} is missing or misshapen: delete the folder to resume from before")
     run.roles.load(saved.tensors)
     run.step = saved.step
-    counted = {name: int(saved.totals[name]) for name in ("tokens", "bytes_up", "bytes_down")}
-    run.totals = Totals(
-        **counted,
-        seconds=saved.totals["seconds"],
-        loss_before=saved.totals.get("loss_before"),
-        loss_after=saved.totals.get("loss_after"),
-    )
-    run.totals.since_logged()
+    run.totals = Totals(**saved.totals)
     run.metrics.truncate_to(saved.step)
     run.metrics.say(f"resuming after step {saved.step} of {run.recipe.train.steps}")
 
@@ -97,8 +134,11 @@ def finish(run: Run) -> dict[str, Any]:
     adapter = run.directory / "adapter"
     memory = _peak_memory(run)
     if run.world.rank == 0:
-        tensors = {name.removeprefix("adapter/"): t for name, t in run.roles.state().items() if name.startswith("adapter/")}
-        save_adapter(adapter, tensors, _adapter_config(run))
+        tensors = {
+            name.removeprefix("adapter/"): t for name, t in run.roles.state().items() if name.startswith("adapter/")
+        }
+        modules = names_in_unsplit(base_folder(run.recipe, run.directory), run.plan.modules, run.recipe.model.revision)
+        save_adapter(adapter, rename_tensors(tensors, modules), _adapter_config(run, modules))
     run.world.wait()
     totals = run.totals
     summary: dict[str, Any] = {
@@ -121,11 +161,17 @@ def finish(run: Run) -> dict[str, Any]:
     return summary
 
 
-def _adapter_config(run: Run) -> Any:
-    """PEFT's configuration on the unsplit base: the targets as named, or every module where only some tiers train."""
+def _adapter_config(run: Run, modules: Mapping[str, str]) -> Any:
+    """PEFT's configuration on the unsplit base.
+
+    The targets are as the recipe names them, or every module by its full name where those would match more.
+    """
     plan, recipe = run.plan, run.recipe
-    targets = target_modules(plan.config, list(recipe.lora.targets) if isinstance(recipe.lora.targets, tuple) else recipe.lora.targets)
-    named = targets if plan.every_module_trains and targets != "all-linear" else sorted(plan.modules)
+    targets = target_modules(
+        plan.config, list(recipe.lora.targets) if isinstance(recipe.lora.targets, tuple) else recipe.lora.targets
+    )
+    as_named = plan.every_module_trains and targets != "all-linear" and all(a == b for a, b in modules.items())
+    named = targets if as_named else sorted(modules.values())
     return lora_config(plan.config, recipe.lora, named, base_folder(recipe, run.directory))
 
 
@@ -186,7 +232,9 @@ def _closing_lines(run: Run, summary: dict[str, Any]) -> list[str]:
     for role, held in summary["held_mib"].items():
         parts = ", ".join(f"{name} {value:.1f}" for name, value in held.items())
         lines.append(f"peak memory of {role}: {sum(held.values()):.1f} MiB of tensors ({parts})")
-    lines.append(f"peak resident memory: {', '.join(f'{name} {v:.0f} MiB' for name, v in summary['peak_rss_mib'].items())}")
+    lines.append(
+        f"peak resident memory: {', '.join(f'{name} {v:.0f} MiB' for name, v in summary['peak_rss_mib'].items())}"
+    )
     lines += [
         f"adapter: {directory / 'adapter'}",
         f"next: peft.PeftModel.from_pretrained(base_model, {str(directory / 'adapter')!r}), or",

@@ -39,7 +39,8 @@ class World:
     @property
     def device(self) -> torch.device:
         """Where this process computes."""
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of a forward under the run's mixed precision."""
@@ -63,7 +64,7 @@ class World:
             dist.all_gather(parts, flat)
             for part in parts[1:]:
                 parts[0].add_(part)
-            pieces = parts[0].split([tensors[name].numel() for name in group])
+            pieces = torch.split(parts[0], [tensors[name].numel() for name in group])
             summed.update({name: piece.reshape(tensors[name].shape) for name, piece in zip(group, pieces, strict=True)})
         return summed
 
@@ -80,12 +81,11 @@ class World:
         return self.sum_numbers([float(flag)])[0] > 0
 
 
-def open_world(train: TrainRecipe, project_dir: Path) -> World:
-    """Join the processes of this run and share the cores out.
+def share_cores(train: TrainRecipe) -> None:
+    """Give this process its part of the machine's cores; the first thing to do, before anything is computed.
 
     Args:
-        train: `processes`, `threads`, `mixed_precision` and `trackers` are read.
-        project_dir: where trackers write.
+        train: `processes` and `threads` are read.
 
     Raises:
         RecipeError: the recipe expects another number of processes than were started.
@@ -95,6 +95,21 @@ def open_world(train: TrainRecipe, project_dir: Path) -> World:
         raise RecipeError([_mismatch(train.processes, started)])
     local = int(os.environ.get("LOCAL_WORLD_SIZE", started))
     torch.set_num_threads(train.threads or max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def open_world(train: TrainRecipe, project_dir: Path) -> World:
+    """Join the processes of this run; returns when all are here.
+
+    From here on transformers writes files on rank 0 only: what every rank does for itself, such as the proof that a
+    family can be cut, comes before.
+
+    Args:
+        train: `processes`, `mixed_precision` and `trackers` are read.
+        project_dir: where trackers write.
+
+    Raises:
+        RecipeError: accelerate sees another number of processes than the recipe.
+    """
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=train.mixed_precision,
@@ -109,8 +124,8 @@ def open_world(train: TrainRecipe, project_dir: Path) -> World:
 def _mismatch(expected: int, started: int) -> str:
     if started < expected:
         how = (
-            f"start {expected}: accelerate launch --multi_gpu --num_processes {expected} on GPUs; on CPU, where "
-            f"--cpu --num_processes starts one only, ACCELERATE_USE_CPU=true torchrun --nproc_per_node {expected}"
+            f"start {expected}: accelerate launch --multi_gpu --num_processes {expected}, on CPUs with "
+            "ACCELERATE_USE_CPU=true before it (accelerate's own --cpu starts one only), or set train.processes=1"
         )
     else:
         how = f"launch {expected}, or set train.processes={started}"
