@@ -92,12 +92,9 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
         from splitllm.recipe import load_recipe
 
         wanted = load_recipe(recipe, overrides or ())
-        from splitllm.preflight import check, describe
+        from splitllm.preflight import describe, prepare
 
-        problems = check(wanted)
-        if problems:
-            raise RecipeError(problems)
-        for line in describe(wanted):
+        for line in describe(prepare(wanted)):
             typer.echo(line)
 
 
@@ -127,8 +124,10 @@ def _errors_as_lines() -> Iterator[None]:
         _fail(str(error), status=1)
     except KeyboardInterrupt:
         _fail("interrupted", status=1)
+    except RecipeError as error:  # the same on every rank
+        _fail(str(error), status=2)
     except SplitLLMError as error:
-        _fail(str(error), status=1 if isinstance(error, PeerError) else 2)
+        _fail(str(error), status=1 if isinstance(error, PeerError) else 2, every_rank=True)
     except OSError as error:
         _fail(_os_error_line(error), status=1, every_rank=True)
 

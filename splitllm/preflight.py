@@ -103,18 +103,9 @@ def prepare(recipe: Recipe) -> Plan:
     return Plan(recipe, config, corpus, tuple(trained), len(trained) == len(modules))
 
 
-def check(recipe: Recipe) -> list[str]:
-    """Every problem of a recipe, one line each; none if it can run."""
-    try:
-        prepare(recipe)
-    except RecipeError as error:
-        return error.problems
-    return []
-
-
-def describe(recipe: Recipe) -> list[str]:
+def describe(plan: Plan) -> list[str]:
     """What a recipe will do, for `splitllm validate`."""
-    plan = prepare(recipe)
+    recipe = plan.recipe
     tiers = [
         f"  {name} x{count}: blocks {start}..{stop - 1}" + (" (trains)" if _trains(recipe, name) else " (frozen)")
         for (name, count), (start, stop) in zip(recipe.split.tiers.items(), plan.bounds, strict=True)

@@ -21,6 +21,8 @@ from splitllm.recipe import Recipe
 from splitllm.roles.assembly import Roles, assemble, schedule_of
 
 LAYERS, VOCABULARY = 6, 61
+SCALE = 0.1
+"""Of the random weights: wide enough that attention is not flat."""
 SIZES: dict[str, Any] = {
     "num_hidden_layers": LAYERS,
     "hidden_size": 32,
@@ -71,7 +73,7 @@ def checkpoint_folder(family: str) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=SCALE)
         else:
             torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.05)
     folder = Path(tempfile.mkdtemp(prefix=f"{family}-"))

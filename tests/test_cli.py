@@ -48,8 +48,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     stand_ins: dict[str, dict[str, Any]] = {
         "splitllm.train": {"train": lambda recipe, **options: made.append((recipe, options))},
         "splitllm.preflight": {
-            "check": lambda recipe: made.append(recipe) or [],
-            "describe": lambda recipe: ["fine", f"{recipe.train.steps} steps"],
+            "prepare": lambda recipe: made.append(recipe) or recipe,
+            "describe": lambda plan: ["fine", f"{plan.train.steps} steps"],
         },
         "splitllm.model.export": {"merge": lambda *arguments: made.append(arguments)},
     }
@@ -92,7 +92,10 @@ def test_validate_prints_the_description(calls: list[Any]) -> None:
 
 
 def test_validate_reports_what_the_preflight_finds(calls: list[Any]) -> None:
-    sys.modules["splitllm.preflight"].__dict__["check"] = lambda recipe: ["first", "second"]
+    def refuse(recipe: Recipe) -> None:
+        raise RecipeError(["first", "second"])
+
+    sys.modules["splitllm.preflight"].__dict__["prepare"] = refuse
     done = run("validate", QUICKSTART)
     assert (done.exit_code, done.stdout, lines(done.stderr)) == (2, "", ["first", "second"])
 
@@ -143,7 +146,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (DataError("all ranks see this"), 2, ""),
+        (RecipeError(["all ranks see this"]), 2, ""),
         (RunInterrupted("stopped"), 1, ""),
         (OSError(errno.EACCES, "Permission denied", "x"), 1, "rank 1: x: Permission denied\n"),
     ],

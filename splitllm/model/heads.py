@@ -6,7 +6,7 @@ Shape suffixes: N labelled positions of a micro-batch, C positions of one chunk,
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -54,34 +54,21 @@ class Head(nn.Module):
         """Activations [..., D] after the last block to logits [..., V]."""
         return self._shape(self.output(self.norm(hidden)))
 
-    def loss(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        """Summed cross-entropy in nats (a scalar), at least in fp32; never more than one chunk of logits is held."""
-        normed_ND = self.norm(hidden_ND)
-        if self._fused_exact(normed_ND):
-            return self._fused(normed_ND, targets_N)
-        total: torch.Tensor = _ChunkedLoss.apply(normed_ND, targets_N, self)  # type: ignore[no-untyped-call]
-        return total
+    def loss(
+        self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, weight: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy at labelled positions; never more than one chunk of logits is held.
 
-    def _fused_exact(self, normed_ND: torch.Tensor) -> bool:
-        """Whether torch's fused head and loss computes what this head does.
+        Args:
+            hidden_ND: activations after the last block.
+            targets_N: the token ids to be predicted.
+            weight: of one nat.
 
-        It knows no soft-cap and no scale, and under autocast it would not cast.
+        Returns:
+            The weighted sum, to go backward from, and the plain sum in nats, detached; both at least fp32.
         """
-        plain = self.softcap is None and self.multiplier is None and self.divisor is None
-        wide = normed_ND.dtype in (torch.float32, torch.float64) and normed_ND.dtype == self.output.weight.dtype
-        return (
-            plain
-            and wide
-            and hasattr(F, "linear_cross_entropy")
-            and not torch.is_autocast_enabled(normed_ND.device.type)
-        )
-
-    def _fused(self, normed_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=self._chunk(normed_ND))
-        total: torch.Tensor = F.linear_cross_entropy(
-            normed_ND, self.output.weight, targets_N, linear_bias=self.output.bias, reduction="sum", options=options
-        )
-        return total
+        weighted, total = _ChunkedLoss.apply(self.norm(hidden_ND), targets_N, self, weight)  # type: ignore[no-untyped-call]
+        return weighted, total
 
     def _chunk(self, normed_ND: torch.Tensor) -> int:
         """Positions whose logits are held at once: chunks of even size, as each of them reads the whole weight."""
@@ -101,15 +88,15 @@ class Head(nn.Module):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy over chunks of positions; the gradient is taken chunk by chunk in the forward.
+    """Weighted and plain cross-entropy over chunks of positions; the gradient is taken chunk by chunk in the forward.
 
     The head is frozen, so the only gradient is that of the hidden states, and no logits outlive their chunk.
     """
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, normed_ND: torch.Tensor, targets_N: torch.Tensor, head: Head
-    ) -> torch.Tensor:
+        ctx: Any, normed_ND: torch.Tensor, targets_N: torch.Tensor, head: Head, weight: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         gradient_ND = torch.empty_like(normed_ND) if normed_ND.requires_grad else None
         wide = torch.promote_types(normed_ND.dtype, torch.float32)
         total = normed_ND.new_zeros((), dtype=wide)
@@ -119,23 +106,44 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 hidden_CD = normed_ND[chunk].detach().requires_grad_(gradient_ND is not None)
                 logits_CV = head._shape(head.output(hidden_CD))
-            logarithms_CV = torch.log_softmax(logits_CV.detach(), dim=-1, dtype=wide)
-            index_C1 = targets_N[chunk].unsqueeze(1)
-            total -= logarithms_CV.gather(1, index_C1).sum()
-            if gradient_ND is not None:  # of the logits: the probabilities, less 1 at the target
-                gradient_CV = logarithms_CV.exp_()
-                gradient_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=wide))
-                gradient_ND[chunk] = torch.autograd.grad(logits_CV, hidden_CD, gradient_CV.to(logits_CV.dtype))[0]
+                loss = _summed_loss(logits_CV, targets_N[chunk])
+            total += loss.detach()
+            if gradient_ND is not None:
+                gradient_ND[chunk] = torch.autograd.grad(loss, hidden_CD, torch.full_like(loss, weight))[0]
         if gradient_ND is not None:
             ctx.save_for_backward(gradient_ND)
+        ctx.mark_non_differentiable(total)
+        return total * weight, total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * outputs[0].to(gradient_ND.dtype), None, None, None
+
+
+def _summed_loss(logits_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy by the very kernels that the unsplit model would use, half precision by a cheaper way."""
+    if logits_CV.dtype in (torch.float32, torch.float64):
+        return F.cross_entropy(logits_CV, targets_C, reduction="sum")
+    summed: torch.Tensor = _HalfPrecisionLoss.apply(logits_CV, targets_C)  # type: ignore[no-untyped-call]
+    return summed
+
+
+class _HalfPrecisionLoss(torch.autograd.Function):
+    """Summed cross-entropy in fp32 of half-precision logits, whose gradient is made in place of the probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        logarithms_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+        index_C1 = targets_C.unsqueeze(1)
+        total = -logarithms_CV.gather(1, index_C1).sum()
+        ctx.save_for_backward(logarithms_CV, index_C1)
+        ctx.dtype = logits_CV.dtype
         return total
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient_ND,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradient_ND * outputs[0].to(gradient_ND.dtype), None, None
-
-
-def perplexity(loss: float) -> float:
-    """Perplexity of a mean loss in nats, infinite where it would overflow."""
-    return math.exp(loss) if loss < 700 else math.inf
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logarithms_CV, index_C1 = ctx.saved_tensors
+        gradient_CV = logarithms_CV.exp_()  # the probabilities, less 1 at the target; nobody else reads them
+        gradient_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=torch.float32))
+        return (gradient_CV * outputs[0]).to(ctx.dtype), None

@@ -7,6 +7,7 @@ the page cache is warm, and what is mapped is counted against the device. Nothin
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -42,12 +43,12 @@ class Entry:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row along the first dimension."""
-        return self.dtype.itemsize * int(torch.Size(self.shape[1:]).numel())
+        return self.dtype.itemsize * math.prod(self.shape[1:])
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def read_index(file: Path) -> dict[str, Entry]:
@@ -63,22 +64,33 @@ def read_index(file: Path) -> dict[str, Entry]:
         if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(f"{file}: not a whole safetensors file (header of {length} bytes in {size})")
         try:
-            header: dict[str, dict[str, object]] = json.loads(handle.read(length))
-        except ValueError as error:
+            header = json.loads(handle.read(length))
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: its safetensors header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: its safetensors header is no table of tensors")
     header.pop("__metadata__", None)
     return {name: _entry(file, name, row, 8 + length, size) for name, row in header.items()}
 
 
-def _entry(file: Path, name: str, row: dict[str, object], base: int, size: int) -> Entry:
-    dtype = DTYPES.get(str(row.get("dtype")))
-    shape, offsets = row.get("shape"), row.get("data_offsets")
-    if dtype is None or not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
-        raise CheckpointError(f"{file}: tensor {name} has dtype {row.get('dtype')}, which cannot be read here")
-    entry = Entry(file, base + int(offsets[0]), tuple(int(side) for side in shape), dtype)
-    if entry.nbytes != offsets[1] - offsets[0] or entry.offset + entry.nbytes > size or int(offsets[0]) < 0:
-        raise CheckpointError(f"{file}: tensor {name} does not fit its file: the download or copy is not whole")
-    return entry
+def _entry(file: Path, name: str, row: object, base: int, size: int) -> Entry:
+    fields = row if isinstance(row, dict) else {}
+    dtype = DTYPES.get(str(fields.get("dtype")))
+    if dtype is None:
+        raise CheckpointError(f"{file}: tensor {name} has dtype {fields.get('dtype')}, which cannot be read here")
+    shape, offsets = _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
+    if shape is not None and offsets is not None and len(offsets) == 2:
+        entry = Entry(file, base + offsets[0], shape, dtype)
+        if entry.nbytes == offsets[1] - offsets[0] and entry.offset + entry.nbytes <= size:
+            return entry
+    raise CheckpointError(f"{file}: tensor {name} does not fit its file: the download or copy is not whole")
+
+
+def _sizes(value: object) -> tuple[int, ...] | None:
+    """A list of sizes as JSON has it, or None if it is anything else."""
+    if not isinstance(value, list) or not all(type(side) is int and side >= 0 for side in value):
+        return None
+    return tuple(value)
 
 
 class Checkpoint:
@@ -193,12 +205,20 @@ def _weight_files(model: str, revision: str | None) -> list[Path]:
     index = fetch(SAFE_WEIGHTS_INDEX_NAME)
     if not index:
         raise CheckpointError(f"model.base: {model} has no {SAFE_WEIGHTS_NAME} (weights must be safetensors)")
-    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    files = [(name, fetch(name)) for name in names]
+    files = [(name, fetch(name)) for name in _indexed_files(Path(index))]
     lost = [f"{model}: {name} is named by the index but missing" for name, path in files if not path]
     if lost:
         raise CheckpointError("\n".join(lost))
     return [Path(path) for _, path in files if path]
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The names of the files that a sharded checkpoint consists of."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not the index of a sharded checkpoint (it has no weight_map)") from error
 
 
 def bare_name(name: str) -> str:

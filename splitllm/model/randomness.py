@@ -42,7 +42,7 @@ class DropoutKey:
             return
         seed = seed_of("dropout", self.seed, *self.micro_batch, layer)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed does the same for every backend, in milliseconds
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_available():
             torch.cuda.manual_seed(seed)
 
 

@@ -106,9 +106,9 @@ class Client:
         run = self._forward(micro_batch, batch, train=True)
         if self.whole:
             rows_ND = run.output_TD.index_select(0, batch.positions_N.to(self.worker.device))
-            loss = self._head_loss(rows_ND, batch)
-            self.worker.backward(run, torch.tensor(weight, dtype=loss.dtype), loss)
-            return float(loss.detach())
+            weighted, loss = self._head_loss(rows_ND, batch, weight)
+            self.worker.backward(run, torch.ones_like(weighted), weighted)
+            return float(loss)
         reply = await self.uplink.request(self._question(run, batch, train=True))
         if self.worker.shard.head is None:
             loss_value = float(reply.header["loss"])
@@ -125,11 +125,11 @@ class Client:
         run = self._forward(micro_batch, batch, train=False)
         if self.whole:
             rows_ND = run.output_TD.index_select(0, batch.positions_N.to(self.worker.device))
-            return float(self._head_loss(rows_ND, batch))
+            return float(self._head_loss(rows_ND, batch)[1])
         reply = await self.uplink.request(self._question(run, batch, train=False))
         if self.worker.shard.head is None:
             return float(reply.header["loss"])
-        return float(self._head_loss(reply.tensors["rows_ND"], batch))
+        return float(self._head_loss(reply.tensors["rows_ND"], batch)[1])
 
     def _forward(self, micro_batch: MicroBatchId, batch: MicroBatch, *, train: bool) -> Pass:
         return self.worker.forward(
@@ -150,17 +150,20 @@ class Client:
             tensors["targets_N"] = batch.targets_N.int()
         return Message("forward", self.name, run.micro_batch, header, tensors)
 
-    def _head_loss(self, rows_ND: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    def _head_loss(
+        self, rows_ND: torch.Tensor, batch: MicroBatch, weight: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sum to go backward from, and plain sum of the loss."""
         head = self.worker.shard.head
         assert head is not None
         with torch.set_grad_enabled(rows_ND.requires_grad), self.worker.autocast():
-            return head.loss(rows_ND.to(self.worker.device), batch.targets_N.to(self.worker.device))
+            return head.loss(rows_ND.to(self.worker.device), batch.targets_N.to(self.worker.device), weight)
 
     def _loss_gradient(self, rows_ND: torch.Tensor, batch: MicroBatch, weight: float) -> tuple[float, torch.Tensor]:
         rows_ND = rows_ND.to(self.worker.device).detach().requires_grad_()
-        loss = self._head_loss(rows_ND, batch)
-        (gradient_ND,) = torch.autograd.grad(loss * weight, rows_ND)
-        return float(loss.detach()), gradient_ND
+        weighted, loss = self._head_loss(rows_ND, batch, weight)
+        (gradient_ND,) = torch.autograd.grad(weighted, rows_ND)
+        return float(loss), gradient_ND
 
     async def _close(self, first: MicroBatchId) -> float:
         """Hand in norms, or gradients where other clients hold the same adapter; then step."""

@@ -29,6 +29,7 @@ class Meeting:
 
         Raises:
             PeerError: the sender is unknown, came twice, or is at another step than the others.
+            Exception: what `settle` raised; every child gets it.
         """
         self._check(message)
         if self._outcome is None:
@@ -38,8 +39,13 @@ class Meeting:
         if len(self._here) == len(self._children):
             messages = [self._here[name] for name in self._children]
             self._here, self._outcome = {}, None
-            outcome.set_result(await self._settle(messages))
-        return (await outcome)(message)
+            try:
+                outcome.set_result(await self._settle(messages))
+            except BaseException as error:
+                outcome.set_exception(error)  # those who wait would wait for ever
+                outcome.exception()  # nobody may be waiting
+                raise
+        return (await asyncio.shield(outcome))(message)  # one child's cancellation is not the others'
 
     def _check(self, message: Message) -> None:
         if message.sender not in self._children:

@@ -135,11 +135,11 @@ class Server:
             head = worker.shard.head
             assert head is not None
             rows_ND, targets_N = self._labelled(run.output_TD, message), message.tensors["targets_N"]
+            weight = self._weights[run.micro_batch.client] if train else 1.0
             with torch.set_grad_enabled(rows_ND.requires_grad), worker.autocast():
-                loss = head.loss(rows_ND, targets_N.to(worker.device).long())
-            weight = self._weights.get(run.micro_batch.client, 0.0) if train else 0.0
-            gradient = worker.backward(run, torch.tensor(weight, dtype=loss.dtype), loss) if train else None
-            return gradient, float(loss.detach())
+                weighted, loss = head.loss(rows_ND, targets_N.to(worker.device).long(), weight)
+            gradient = worker.backward(run, torch.ones_like(weighted), weighted) if train else None
+            return gradient, float(loss)
         reply = await self.uplink.request(self._onward(message, run))
         gradient = worker.backward(run, reply.tensors["gradient_TD"]) if run.output_TD.requires_grad else None
         return gradient, float(reply.header["loss"])
