@@ -81,19 +81,19 @@ def train(model: PreTrainedModel, rows: list[Row], lr: float, options: argparse.
 
 
 def options_from_command_line() -> argparse.Namespace:
-    """The recipe's values are the defaults."""
+    """The defaults are those of `recipes/quickstart.yaml`, but for the schedule."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("recipes/quickstart-base"))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=32, help="rows of a step, all clients together")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--alpha", type=float, default=16)
-    parser.add_argument("--targets", default="c_attn", help="module names, separated by commas, or all-linear")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--alpha", type=float, default=32)
+    parser.add_argument("--targets", default="c_attn,c_proj,c_fc", help="names joined by commas, or all-linear")
     parser.add_argument("--lr", type=float, nargs="*", default=[3e-3], help="learning rates to try with LoRA")
-    parser.add_argument("--scratch-lr", type=float, nargs="*", default=[1e-3, 3e-3, 6e-3])
+    parser.add_argument("--scratch-lr", type=float, nargs="*", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--schedule", default="cosine")
     parser.add_argument("--warmup", type=int, default=10)
-    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--samples", type=int, default=0, help="print so many held-out completions")
     return parser.parse_args()
 

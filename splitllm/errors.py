@@ -35,5 +35,9 @@ class PeerError(SplitLLMError, ValueError):
     """A message from another role breaks the protocol."""
 
 
+class DivergedError(SplitLLMError, ArithmeticError):
+    """Loss or gradients are no longer finite; nothing was stepped with them."""
+
+
 class RunInterrupted(SplitLLMError, KeyboardInterrupt):
     """The user stopped the run; a checkpoint was left and the message says how to go on."""

@@ -39,10 +39,10 @@ GEMMA = {**SIZES, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"] * 2
 
 
-def _gpt2() -> PreTrainedConfig:
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+def _gpt2(dropout: float = 0.0) -> PreTrainedConfig:
+    rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     sizes = {"n_layer": LAYERS, "n_embd": 32, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
-    return transformers.GPT2Config(**sizes, **none, bos_token_id=1, eos_token_id=2)
+    return transformers.GPT2Config(**sizes, **rates, bos_token_id=1, eos_token_id=2)
 
 
 CONFIGS = {
@@ -64,11 +64,13 @@ CONFIGS = {
 
 TARGETS = dict.fromkeys(("phi3", "olmo2", "granite", "cohere"), "all-linear")  # no row in PEFT's table
 
+DROPOUT = {"gpt2 with dropout": lambda: _gpt2(0.2)}  # in the embeddings, the attention and the residual stream
+
 
 @cache
 def checkpoint_folder(family: str) -> Path:
     """A checkpoint of random weights, large enough that a wrong cut shows."""
-    config = CONFIGS[family]()
+    config = {**CONFIGS, **DROPOUT}[family]()
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     for parameter in model.parameters():
@@ -76,7 +78,7 @@ def checkpoint_folder(family: str) -> Path:
             torch.nn.init.normal_(parameter, std=SCALE)
         else:
             torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.05)
-    folder = Path(tempfile.mkdtemp(prefix=f"{family}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{family.split()[0]}-"))
     with quiet_transformers():
         model.save_pretrained(folder)
     return folder

@@ -106,6 +106,25 @@ def test_loss_and_every_gradient_equal_the_unsplit_model(
     check(gradients(roles, monkeypatch), (expected[0], expected[1]), tolerance)
 
 
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("cuts", [[], [3], [2, 4], [1, 2, 4, 5]], ids=lambda cuts: "-".join(map(str, cuts)) or "whole")
+def test_dropout_of_the_base_itself_draws_the_masks_of_the_unsplit_model(
+    cuts: list[int], labels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = merged({"lora": {"dropout": 0.3}, "train": {"in_flight": 2}})
+    compare(recipe("gpt2 with dropout", cuts, labels, **changes), 1e-12, monkeypatch)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "llama"])
+def test_bf16_weights_with_fp32_adapters_follow_the_unsplit_model(family: str) -> None:
+    wanted, rows = recipe(family, [2, 4], "client", dtype="bfloat16"), corpus(2)
+    roles = roles_of(wanted, rows)
+    unsplit = Unsplit(wanted, rows, adapter_of(roles))
+    assert {tensor.dtype for tensor in adapter_of(roles).values()} == {torch.float32}
+    for step in range(3):
+        assert one_step(roles, step) == pytest.approx(unsplit.step(step), rel=5e-3)
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "in flight": {"train": {"in_flight": 2, "accumulate": 3}},
     "dropout": {"lora": {"dropout": 0.3}},

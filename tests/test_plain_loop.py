@@ -68,7 +68,7 @@ def plain_batch(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mean_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The model's own loss; transformers takes it in fp32 even in an fp64 model, so there it is taken from the logits."""
+    """The model's own loss; transformers takes it in fp32 even in fp64, so there it is taken from the logits."""
     output = model(input_ids=ids, labels=labels)
     if output.logits.dtype == torch.float32:
         loss: torch.Tensor = output.loss
@@ -109,3 +109,11 @@ def test_losses_equal_those_of_a_plain_loop(family: str, dtype: str, tolerance: 
     theirs = plain_losses(checkpoint_folder(family), tmp_path / "tokenizer", start / "adapter", getattr(torch, dtype))
     assert theirs[-1] < theirs[0]
     assert ours == pytest.approx(theirs, rel=tolerance)
+
+
+def test_mixed_precision_follows_full_precision(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "llama", "float32")
+    full = train(load_recipe(path), tmp_path / "full")
+    mixed = train(load_recipe(path, ["train.mixed_precision=bf16"]), tmp_path / "mixed")
+    assert mixed["eval_loss_after"] == pytest.approx(full["eval_loss_after"], rel=5e-3)
+    assert mixed["eval_loss_after"] != full["eval_loss_after"]

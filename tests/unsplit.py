@@ -60,8 +60,7 @@ class Unsplit:
         )
         self.streams = [BatchStream(part, train.batch_size, recipe.seed, c) for c, part in enumerate(rows.train)]
         self._key: tuple[int, int, int] = (0, 0, 0)
-        if lora.dropout:
-            self._key_dropout()
+        self._key_dropout()
 
     def batches(self, step: int) -> Iterator[tuple[int, int, MicroBatch]]:
         """The micro-batches of a step, in the order of their ids."""
@@ -105,6 +104,7 @@ class Unsplit:
         base = self.model.base_model.model
         decoder = getattr(base, base.base_model_prefix)
         blocks = decoder.h if hasattr(decoder, "h") else decoder.layers
+        decoder.register_forward_pre_hook(lambda *_: self._reseed(-1))
         for layer, block in enumerate(blocks):
             block.register_forward_pre_hook(lambda *_, layer=layer: self._reseed(layer))
 

@@ -60,6 +60,10 @@ REFUSALS: tuple[tuple[Callable[[PreTrainedConfig], object], str], ...] = (
         "it feeds per-layer embeddings of the tokens to every block, so tokens would have to follow the activations",
     ),
     (
+        lambda c: getattr(c, "quantization_config", None),
+        "its checkpoint is quantised, and only plain weights are read",
+    ),
+    (
         lambda c: getattr(c, "num_local_experts", 0) or getattr(c, "num_experts", 0),
         "it is a mixture of experts, whose stored tensors are fused on loading, which the shard loader does not do",
     ),

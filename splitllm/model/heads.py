@@ -110,6 +110,7 @@ class _ChunkedLoss(torch.autograd.Function):
             total += loss.detach()
             if gradient_ND is not None:
                 gradient_ND[chunk] = torch.autograd.grad(loss, hidden_CD, torch.full_like(loss, weight))[0]
+            del logits_CV, loss  # before the next chunk makes its own
         if gradient_ND is not None:
             ctx.save_for_backward(gradient_ND)
         ctx.mark_non_differentiable(total)

@@ -180,10 +180,11 @@ class Shard(nn.Module):
             raise CheckpointError(
                 f"blocks {start} to {stop} of {checkpoint.name}: the model has blocks 0 to {blocks - 1}"
             )
-        dtype = dtype or config.dtype or torch.float32
+        embedding_name = f"{layout.base}.{layout.embeddings}.weight"
+        stored = checkpoint.find(embedding_name)
+        dtype = dtype or config.dtype or (stored.dtype if stored else torch.float32)
         whole = meta_model(config, dtype, attention)
         embedding_module, norm, output = _parts(whole, layout)
-        embedding_name = f"{layout.base}.{layout.embeddings}.weight"
         embeddings = Embeddings(embedding_module, embedding_name, checkpoint, dtype) if start == 0 else None
         top = Head(norm, output, config) if (stop == blocks if head is None else head) else None
         _hollow(whole, layout, start, stop)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from splitllm.errors import PeerError
+from splitllm.errors import DivergedError, PeerError
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.trainable import Tensors, clip_factor, squared_norms
 from splitllm.roles.meeting import Meeting
@@ -212,6 +212,8 @@ class Server:
             return float(reply.header["norm"]), float(reply.header["factor"]), reply.tensors
         totals = self.top.all_sums(sums)
         norm = math.sqrt(math.fsum([*norms.values(), *squared_norms(totals).values()]))
+        if not math.isfinite(norm):
+            raise DivergedError(f"step {message.step + 1}: the gradient norm is {norm}; lower the learning rate")
         return norm, clip_factor(norm, self.top.clip_norm), totals
 
     def _shared(self) -> bool:

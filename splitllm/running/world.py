@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,12 @@ class World:
     """One process among its peers.
 
     Attributes:
-        accelerator: placement, mixed precision and trackers.
+        accelerator: placement and trackers.
+        half: whether forwards run under bf16 autocast.
     """
 
     accelerator: Accelerator
+    half: bool = False
 
     @property
     def rank(self) -> int:
@@ -44,8 +46,7 @@ class World:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of a forward under the run's mixed precision."""
-        context: AbstractContextManager[object] = self.accelerator.autocast()
-        return context
+        return torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext()
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -108,17 +109,17 @@ def open_world(train: TrainRecipe, project_dir: Path) -> World:
         project_dir: where trackers write.
 
     Raises:
-        RecipeError: accelerate sees another number of processes than the recipe.
+        RecipeError: accelerate sees another number of processes than the recipe, or was launched for fp16.
     """
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=train.mixed_precision,
-        log_with=list(train.trackers) or None,
-        project_dir=str(project_dir),
+        cpu=not torch.cuda.is_available(), log_with=list(train.trackers) or None, project_dir=str(project_dir)
     )
     if accelerator.num_processes != train.processes:
         raise RecipeError([_mismatch(train.processes, accelerator.num_processes)])
-    return World(accelerator)
+    precision = train.mixed_precision or accelerator.mixed_precision
+    if precision not in ("no", "bf16"):
+        raise RecipeError([f"train.mixed_precision: accelerate was launched with {precision}; use bf16, or no"])
+    return World(accelerator, half=precision == "bf16")
 
 
 def _mismatch(expected: int, started: int) -> str:
