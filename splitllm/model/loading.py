@@ -97,24 +97,41 @@ class Checkpoint:
     """A Hugging Face checkpoint, local or from the hub, opened but not loaded.
 
     Attributes:
+        name: folder or hub name.
         config: the text model's configuration (`get_text_config` of a multimodal one).
-        folder: where the files lie.
     """
 
     def __init__(self, model: str | Path, revision: str | None = None) -> None:
-        self.name = str(model)
+        self.name, self._revision = str(model), revision
         self.config = load_config(model, revision)
-        self._entries: dict[str, Entry] = {}
-        for file in _weight_files(self.name, revision):
-            self._entries.update(read_index(file))
-        self._aliases = {bare_name(name): name for name in self._entries}
+        self._file_of = _weight_map(self.name, revision)
+        self._stored_as = {bare_name(name): name for name in self._file_of}
+        self._indexes: dict[str, dict[str, Entry]] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its first tensor, for configurations that name none."""
+        name, file = next(iter(self._file_of.items()))
+        return self._index(file)[name].dtype
 
     def find(self, name: str) -> Entry | None:
-        """The stored tensor for a parameter of the text model, whatever prefix the checkpoint gives its names."""
-        if name in self._entries:
-            return self._entries[name]
-        alias = self._aliases.get(bare_name(name))
-        return self._entries[alias] if alias else None
+        """The stored tensor for a parameter of the text model, whatever prefix the checkpoint gives its names.
+
+        A hub file is fetched when the first of its tensors is asked for.
+
+        Raises:
+            CheckpointError: the file that should hold it is missing or not whole.
+        """
+        stored = name if name in self._file_of else self._stored_as.get(bare_name(name))
+        return None if stored is None else self._index(self._file_of[stored]).get(stored)
+
+    def _index(self, file: str) -> dict[str, Entry]:
+        if file not in self._indexes:
+            path = _fetch(self.name, file, self._revision)
+            if path is None:
+                raise CheckpointError(f"{self.name}: {file} is named by the index but missing")
+            self._indexes[file] = read_index(path)
+        return self._indexes[file]
 
     def read(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """One tensor, in memory of its own, converted to `dtype`.
@@ -192,31 +209,23 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _weight_files(model: str, revision: str | None) -> list[Path]:
-    """The checkpoint's safetensors files, fetched from the hub if need be."""
+def _fetch(model: str, file: str, revision: str | None) -> Path | None:
+    """A checkpoint's file, from its folder or the hub; None if it has no such file."""
+    path: str | None = cached_file(model, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(path) if path else None
 
-    def fetch(name: str) -> str | None:
-        path: str | None = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return path
 
-    single = fetch(SAFE_WEIGHTS_NAME)
+def _weight_map(model: str, revision: str | None) -> dict[str, str]:
+    """Stored tensor -> the safetensors file that holds it."""
+    single = _fetch(model, SAFE_WEIGHTS_NAME, revision)
     if single:
-        return [Path(single)]
-    index = fetch(SAFE_WEIGHTS_INDEX_NAME)
+        return dict.fromkeys(read_index(single), SAFE_WEIGHTS_NAME)
+    index = _fetch(model, SAFE_WEIGHTS_INDEX_NAME, revision)
     if not index:
         raise CheckpointError(f"model.base: {model} has no {SAFE_WEIGHTS_NAME} (weights must be safetensors)")
-    files = [(name, fetch(name)) for name in _indexed_files(Path(index))]
-    lost = [f"{model}: {name} is named by the index but missing" for name, path in files if not path]
-    if lost:
-        raise CheckpointError("\n".join(lost))
-    return [Path(path) for _, path in files if path]
-
-
-def _indexed_files(index: Path) -> list[str]:
-    """The names of the files that a sharded checkpoint consists of."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(names)
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): Path(file).name for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not the index of a sharded checkpoint (it has no weight_map)") from error
 

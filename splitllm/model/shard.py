@@ -181,8 +181,7 @@ class Shard(nn.Module):
                 f"blocks {start} to {stop} of {checkpoint.name}: the model has blocks 0 to {blocks - 1}"
             )
         embedding_name = f"{layout.base}.{layout.embeddings}.weight"
-        stored = checkpoint.find(embedding_name)
-        dtype = dtype or config.dtype or (stored.dtype if stored else torch.float32)
+        dtype = dtype or config.dtype or checkpoint.dtype
         whole = meta_model(config, dtype, attention)
         embedding_module, norm, output = _parts(whole, layout)
         embeddings = Embeddings(embedding_module, embedding_name, checkpoint, dtype) if start == 0 else None

@@ -175,8 +175,18 @@ def test_a_checkpoint_of_several_files_is_read_as_one(sharded: Path) -> None:
 def test_a_file_that_the_index_names_but_is_missing_is_named(sharded: Path) -> None:
     gone = sorted(sharded.glob("*.safetensors"))[1]
     gone.unlink()
+    checkpoint = Checkpoint(sharded)
     with pytest.raises(CheckpointError, match=f"{gone.name} is named by the index but missing"):
-        Checkpoint(sharded)
+        Shard.cut(checkpoint)
+
+
+def test_only_the_files_that_hold_a_shards_tensors_are_asked_for(sharded: Path) -> None:
+    holding = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in holding.items() if ".layers.1." in name}
+    for file in set(holding.values()) - needed:
+        (sharded / file).unlink()
+    assert len(needed) < len(set(holding.values())), "the checkpoint must be cut finely enough to show it"
+    Shard.cut(Checkpoint(sharded), 1, 2)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["x"]}}'])
@@ -260,6 +270,8 @@ def test_a_row_beyond_the_table_is_refused() -> None:
 
 def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path: Path) -> None:
     checkpoint = Checkpoint(copied("llama", tmp_path))
+    assert checkpoint.find("lm_head.weight") is None
+    assert checkpoint.find("model.embed_tokens.weight") is not None
     os.truncate(tmp_path / "model.safetensors", 20_000)
     with pytest.raises(CheckpointError, match="ends in the middle of a tensor"):
         Shard.cut(checkpoint)

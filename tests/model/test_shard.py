@@ -83,15 +83,18 @@ def test_a_token_beyond_the_table_is_refused() -> None:
 
 
 def test_no_token_id_is_special_to_the_embedding() -> None:
-    shard = cut("llama", 0, 1)  # its configuration names 0 as padding
-    assert shard.embed(torch.tensor([[0, 1]]))[0, 0].count_nonzero() > 0
+    checkpoint = Checkpoint(checkpoint_folder("llama"))
+    plain = Shard.cut(checkpoint, 0, 1).embed(torch.tensor([[3, 60]]))
+    checkpoint.config.pad_token_id = 60  # beyond the two rows that are read
+    assert torch.equal(Shard.cut(checkpoint, 0, 1).embed(torch.tensor([[3, 60]])), plain)
 
 
 def test_the_configuration_of_the_caller_is_left_as_it_was() -> None:
     checkpoint = Checkpoint(checkpoint_folder("gemma3"))
-    before = checkpoint.config.to_dict()
-    Shard.cut(checkpoint, 1, 3, attention="eager")
+    before, attention = checkpoint.config.to_dict(), checkpoint.config._attn_implementation
+    Shard.cut(checkpoint, 1, 3, dtype=torch.bfloat16, attention="eager")
     assert checkpoint.config.to_dict() == before
+    assert checkpoint.config._attn_implementation == attention != "eager"
     assert before == AutoConfig.from_pretrained(checkpoint_folder("gemma3")).to_dict()
 
 
