@@ -23,6 +23,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from splitllm.errors import DataError
@@ -60,7 +61,11 @@ def stdlib_docstrings(root: Path | None = None) -> StdlibRows:
     Raises:
         DataError: the folder holds no documented source (some minimal Pythons ship byte code only).
     """
-    folder = root or Path(sysconfig.get_path("stdlib"))
+    return _harvest(root or Path(sysconfig.get_path("stdlib")))
+
+
+@lru_cache(maxsize=1)  # the same run may ask for its training and for its held-out rows
+def _harvest(folder: Path) -> StdlibRows:
     rows = [row for path in _sources(folder) for row in _rows_of(path, path.relative_to(folder))]
     if not rows:
         raise DataError(f"{folder}: no documented Python source; use a Python that has its library's sources")

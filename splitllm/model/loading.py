@@ -110,9 +110,15 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of its first tensor, for configurations that name none."""
-        name, file = next(iter(self._file_of.items()))
-        return self._index(file)[name].dtype
+        """That of its first tensor, for configurations that name none.
+
+        Raises:
+            CheckpointError: it has no tensors.
+        """
+        first = next((entry for name in self._file_of if (entry := self.find(name))), None)
+        if first is None:
+            raise CheckpointError(f"{self.name}: its files hold no tensors")
+        return first.dtype
 
     def find(self, name: str) -> Entry | None:
         """The stored tensor for a parameter of the text model, whatever prefix the checkpoint gives its names.

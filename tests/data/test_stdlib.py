@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from splitllm.data import stdlib
 from splitllm.data.stdlib import HELD_OUT, StdlibRows, first_sentence, normalised, stdlib_docstrings
 from splitllm.errors import DataError
 
@@ -49,6 +50,7 @@ def test_known_rows(rows: StdlibRows) -> None:
 
 
 def test_rows_are_the_same_each_time(rows: StdlibRows) -> None:
+    stdlib._harvest.cache_clear()
     assert stdlib_docstrings() == rows
 
 
