@@ -35,7 +35,7 @@ from splitllm.model.loading import Checkpoint, quiet_transformers
 from splitllm.model.lora import matched_modules
 from splitllm.preflight import load_tokenizer, tier_bounds
 from splitllm.recipe import Recipe
-from splitllm.roles.assembly import DTYPES, assemble, schedule_of
+from splitllm.roles.assembly import DTYPES, Assembly, schedule_of
 
 SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -116,7 +116,7 @@ def ours(recipe: Recipe, corpus: Corpus) -> Train:
     checkpoint = Checkpoint(recipe.model.base)
     modules = matched_modules(checkpoint.config, None)
     bounds = tier_bounds(recipe, checkpoint.config.num_hidden_layers)
-    roles = assemble(recipe, corpus, checkpoint, modules, bounds, schedule_of(recipe.train.schedule, 1))
+    roles = Assembly(recipe, corpus, checkpoint, modules, bounds, schedule_of(recipe.train.schedule, 1)).build()
     (client,) = roles.clients
 
     def train(numbers: Sequence[int]) -> tuple[int, float]:

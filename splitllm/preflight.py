@@ -51,6 +51,12 @@ class Plan:
         """First block and block after the last of every tier, bottom up."""
         return tier_bounds(self.recipe, self.config.num_hidden_layers)
 
+    def tier_lines(self) -> list[str]:
+        """What every tier holds, bottom up."""
+        pairs = zip(self.recipe.split.tiers.items(), self.bounds, strict=True)
+        held = [(name, count, f"blocks {a}..{b - 1}" if a < b else "no blocks") for (name, count), (a, b) in pairs]
+        return [f"{name} x{count}: {blocks}" for name, count, blocks in held]
+
 
 @dataclass
 class _Problems:
@@ -107,8 +113,8 @@ def describe(plan: Plan) -> list[str]:
     """What a recipe will do, for `splitllm validate`."""
     recipe = plan.recipe
     tiers = [
-        f"  {name} x{count}: blocks {start}..{stop - 1}" + (" (trains)" if _trains(recipe, name) else " (frozen)")
-        for (name, count), (start, stop) in zip(recipe.split.tiers.items(), plan.bounds, strict=True)
+        f"  {line}" + (" (trains)" if _trains(recipe, name) and start < stop else " (frozen)")
+        for line, name, (start, stop) in zip(plan.tier_lines(), recipe.split.tiers, plan.bounds, strict=True)
     ]
     shares = [
         f"  {share.client}: {share.examples} rows, {share.tokens} tokens, {share.labels} labels"

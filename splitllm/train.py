@@ -16,7 +16,7 @@ from splitllm.errors import RunInterrupted
 from splitllm.metrics import Metrics, Tracker
 from splitllm.preflight import prepare
 from splitllm.recipe import Recipe, what_leaves_the_device
-from splitllm.roles.assembly import Site, assemble, schedule_of
+from splitllm.roles.assembly import Assembly, Site, schedule_of
 from splitllm.roles.client import StepReport
 from splitllm.roles.server import Counts
 from splitllm.running.base import open_base
@@ -50,7 +50,7 @@ def train(recipe: Recipe, output_dir: str | os.PathLike[str], resume: bool = Fal
     world = open_world(recipe.train, directory)
     base = open_base(recipe, directory, world)
     schedule = schedule_of(recipe.train.schedule, recipe.train.steps)
-    roles = assemble(recipe, plan.corpus, base, plan.modules, plan.bounds, schedule, _site(world))
+    roles = Assembly(recipe, plan.corpus, base, plan.modules, plan.bounds, schedule, _site(world)).build()
     tracker = _tracker(world, recipe)
     with Metrics(directory, steps=recipe.train.steps, enabled=world.rank == 0, tracker=tracker) as metrics:
         run = Run(plan, world, directory, roles, metrics, data)
@@ -120,9 +120,7 @@ def _announce(run: Run) -> None:
     """The run's header; on rank 0 this is the first thing written."""
     if run.world.rank == 0:
         keep_recipe(run)
-    tiers = zip(run.recipe.split.tiers.items(), run.plan.bounds, strict=True)
-    cut = " | ".join(f"{name} x{count}: blocks {start}..{stop - 1}" for (name, count), (start, stop) in tiers)
-    run.metrics.say(f"{run.recipe.model.base} cut into {cut}")
+    run.metrics.say(f"{run.recipe.model.base} cut into {' | '.join(run.plan.tier_lines())}")
     run.metrics.say(f"leaves the device: {what_leaves_the_device(run.recipe)}")
     for share in run.plan.corpus.shares:
         groups = f" ({', '.join(share.groups)})" if share.groups else ""

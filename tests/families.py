@@ -18,7 +18,7 @@ from splitllm.model.loading import Checkpoint, quiet_transformers
 from splitllm.model.lora import matched_modules
 from splitllm.preflight import tier_bounds
 from splitllm.recipe import Recipe
-from splitllm.roles.assembly import Roles, assemble, schedule_of
+from splitllm.roles.assembly import Assembly, Roles, schedule_of
 
 LAYERS, VOCABULARY = 6, 61
 SCALE = 0.1
@@ -137,4 +137,4 @@ def roles_of(recipe: Recipe, rows: Corpus) -> Roles:
         blocks = {block for start, stop in held for block in range(start, stop)}
         modules = [name for name in modules if int(name.split(".")[2]) in blocks]
     schedule = schedule_of(recipe.train.schedule, recipe.train.steps)
-    return assemble(recipe, rows, base, modules, bounds, schedule)
+    return Assembly(recipe, rows, base, modules, bounds, schedule).build()

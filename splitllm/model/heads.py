@@ -30,6 +30,7 @@ class Head(nn.Module):
     def __init__(self, norm: nn.Module, output: nn.Linear, config: PreTrainedConfig) -> None:
         super().__init__()
         self.norm, self.output = norm, output
+        self.scratch = Scratch()
         self.tied = bool(config.tie_word_embeddings)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.multiplier: float | None = getattr(config, "logit_scale", None)  # Cohere
@@ -70,6 +71,13 @@ class Head(nn.Module):
         weighted, total = _ChunkedLoss.apply(self.norm(hidden_ND), targets_N, self, weight)  # type: ignore[no-untyped-call]
         return weighted, total
 
+    def is_plain(self, normed_ND: torch.Tensor) -> bool:
+        """Whether logits are the bare product, in full precision, on a CPU."""
+        bare = self.output.bias is None and self.softcap is None and self.multiplier is None and self.divisor is None
+        dtype, device = normed_ND.dtype, normed_ND.device.type
+        full = dtype in (torch.float32, torch.float64) and dtype == self.output.weight.dtype
+        return bare and full and device == "cpu" and not torch.is_autocast_enabled(device)
+
     def _chunk(self, normed_ND: torch.Tensor) -> int:
         """Positions whose logits are held at once: chunks of even size, as each of them reads the whole weight."""
         positions = normed_ND.shape[0]
@@ -87,6 +95,27 @@ class Head(nn.Module):
         return logits
 
 
+class Scratch:
+    """Memory for one chunk of logits and of their logarithms, kept between chunks: fresh memory costs page faults.
+
+    Replicas share it, as only one of them computes at a time.
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def __deepcopy__(self, _memo: object) -> Scratch:
+        """Itself."""
+        return self
+
+    def matrix(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised memory [rows, columns], the same for the same name."""
+        flat = self._flat.get((name, dtype))
+        if flat is None or flat.numel() < rows * columns:
+            flat = self._flat[name, dtype] = torch.empty(rows * columns, dtype=dtype)
+        return flat[: rows * columns].view(rows, columns)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Weighted and plain cross-entropy over chunks of positions; the gradient is taken chunk by chunk in the forward.
 
@@ -98,19 +127,13 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, normed_ND: torch.Tensor, targets_N: torch.Tensor, head: Head, weight: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         gradient_ND = torch.empty_like(normed_ND) if normed_ND.requires_grad else None
-        wide = torch.promote_types(normed_ND.dtype, torch.float32)
-        total = normed_ND.new_zeros((), dtype=wide)
+        total = normed_ND.new_zeros((), dtype=torch.promote_types(normed_ND.dtype, torch.float32))
+        chunk_loss = _plain_chunk if head.is_plain(normed_ND) else _any_chunk
         size = head._chunk(normed_ND)
         for start in range(0, normed_ND.shape[0], size):
             chunk = slice(start, start + size)
-            with torch.enable_grad():
-                hidden_CD = normed_ND[chunk].detach().requires_grad_(gradient_ND is not None)
-                logits_CV = head._shape(head.output(hidden_CD))
-                loss = _summed_loss(logits_CV, targets_N[chunk])
-            total += loss.detach()
-            if gradient_ND is not None:
-                gradient_ND[chunk] = torch.autograd.grad(loss, hidden_CD, torch.full_like(loss, weight))[0]
-            del logits_CV, loss  # before the next chunk makes its own
+            out_CD = None if gradient_ND is None else gradient_ND[chunk]
+            total += chunk_loss(head, normed_ND[chunk], targets_N[chunk], weight, out_CD)
         if gradient_ND is not None:
             ctx.save_for_backward(gradient_ND)
         ctx.mark_non_differentiable(total)
@@ -120,6 +143,35 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * outputs[0].to(gradient_ND.dtype), None, None, None
+
+
+def _any_chunk(
+    head: Head, hidden_CD: torch.Tensor, targets_C: torch.Tensor, weight: float, out_CD: torch.Tensor | None
+) -> torch.Tensor:
+    """Summed loss of a chunk by autograd; the gradient of its weighted loss goes to `out_CD`."""
+    with torch.enable_grad():
+        leaf_CD = hidden_CD.detach().requires_grad_(out_CD is not None)
+        loss = _summed_loss(head._shape(head.output(leaf_CD)), targets_C)
+    if out_CD is not None:
+        out_CD.copy_(torch.autograd.grad(loss, leaf_CD, torch.full_like(loss, weight))[0])
+    return loss.detach()
+
+
+def _plain_chunk(
+    head: Head, hidden_CD: torch.Tensor, targets_C: torch.Tensor, weight: float, out_CD: torch.Tensor | None
+) -> torch.Tensor:
+    """As `_any_chunk`, by the kernels that autograd would call, to the bit, but in memory that is used again."""
+    matrix_VD, kernels = head.output.weight, torch.ops.aten
+    size = hidden_CD.shape[0], matrix_VD.shape[0], matrix_VD.dtype
+    logits_CV = torch.mm(hidden_CD, matrix_VD.t(), out=head.scratch.matrix("logits", *size))
+    logarithms_CV = kernels._log_softmax.out(logits_CV, 1, False, out=head.scratch.matrix("logarithms", *size))
+    index_C1 = targets_C.unsqueeze(1)
+    loss: torch.Tensor = -logarithms_CV.gather(1, index_C1).sum()
+    if out_CD is not None:
+        upward_CV = logits_CV.zero_().scatter_(1, index_C1, -weight)
+        kernels._log_softmax_backward_data.out(upward_CV, logarithms_CV, 1, size[2], out=logarithms_CV)
+        torch.mm(logarithms_CV, matrix_VD, out=out_CD)
+    return loss
 
 
 def _summed_loss(logits_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:

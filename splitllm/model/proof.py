@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -55,7 +56,7 @@ def _verdict(config_json: str, from_dict: Callable[..., Any], attention: str | N
             return _compare(twin_config(from_dict(json.loads(config_json))), attention, packed)
     except SplitLLMError as error:
         return f"its twin does not load: {error}".replace("\n", "; ")
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         return f"no small twin of it could be built and run ({first})"
     finally:

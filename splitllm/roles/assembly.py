@@ -79,21 +79,14 @@ class Site:
     all_sums: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda sums: sums
 
 
-def assemble(
-    recipe: Recipe,
-    corpus: Corpus,
-    checkpoint: Checkpoint,
-    modules: Sequence[str],
-    bounds: Sequence[tuple[int, int]],
-    schedule: Callable[[int], float],
-    site: Site | None = None,
-) -> Roles:
-    """Build this process's part of the tree.
+@dataclass
+class Assembly:
+    """Builds this process's part of the tree.
 
     The replicas of the tier below the top are spread over the processes, each with all that hangs on it; every process
     holds a copy of the top.
 
-    Args:
+    Attributes:
         recipe: counts, LoRA and optimiser are read.
         corpus: every client's examples.
         checkpoint: of the base model.
@@ -102,27 +95,23 @@ def assemble(
         schedule: step -> multiplier of the learning rate.
         site: this process among its peers; by default the only one, on the CPU.
     """
-    return _Assembly(recipe, corpus, checkpoint, modules, bounds, schedule, site or Site()).build()
 
+    recipe: Recipe
+    corpus: Corpus
+    checkpoint: Checkpoint
+    modules: Sequence[str]
+    bounds: Sequence[tuple[int, int]]
+    schedule: Callable[[int], float]
+    site: Site = field(default_factory=Site)
 
-class _Assembly:
-    def __init__(
-        self,
-        recipe: Recipe,
-        corpus: Corpus,
-        checkpoint: Checkpoint,
-        modules: Sequence[str],
-        bounds: Sequence[tuple[int, int]],
-        schedule: Callable[[int], float],
-        site: Site,
-    ) -> None:
-        self.recipe, self.corpus, self.checkpoint, self.modules = recipe, corpus, checkpoint, modules
-        self.bounds, self.schedule, self.site = bounds, schedule, site
-        self.tiers, self.counts = list(recipe.split.tiers), list(recipe.split.tiers.values())
+    def __post_init__(self) -> None:
+        """Nothing is loaded before `build`."""
+        self.tiers, self.counts = list(self.recipe.split.tiers), list(self.recipe.split.tiers.values())
         self.roles = Roles()
         self.first: dict[str, Shard] = {}
 
     def build(self) -> Roles:
+        """Load the shards and tie the roles together, from the top down."""
         tiers = len(self.tiers)
         if tiers == 1:
             here = _share(self.counts[0], self.site)

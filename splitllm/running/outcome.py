@@ -25,7 +25,9 @@ from splitllm.roles.assembly import DTYPES
 from splitllm.running.base import base_folder
 from splitllm.running.state import Run, Totals
 
-HARMLESS = ("train.keep:", "train.log_every:", "train.trackers:", "train.checkpoint_every:", "train.eval_every:")
+HARMLESS = tuple(
+    f"train.{key}:" for key in ("keep", "log_every", "trackers", "checkpoint_every", "eval_every", "verify_adapter")
+)
 PACKAGES = ("splitllm", "torch", "transformers", "peft", "accelerate", "datasets")
 MIB = 2**20
 RECIPE = "recipe.yaml"

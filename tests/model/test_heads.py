@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -106,9 +107,30 @@ def test_never_more_than_one_chunk_of_logits_is_alive(
         return logits_CV
 
     monkeypatch.setattr(head.output, "forward", spy)
+    monkeypatch.setattr(Head, "is_plain", lambda *_: False)  # that path works in the same memory again: next test
     _, total = head.loss(hidden_ND if gradient else hidden_ND.detach(), targets_N)
     assert all(logits() is None for logits in earlier)
     assert counts == [5, 5, 5, 5, 3] and float(total) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_plain_chunks_equal_autograd_to_the_bit_and_share_one_scratch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "CHUNK_BYTES", 5 * WORDS * max(4, dtype.itemsize))
+    head, (hidden_ND, targets_N) = head_of(dtype, **SHAPES["plain"]), rows(dtype=dtype)
+    assert head.is_plain(hidden_ND)
+    replica = copy.deepcopy(head)
+    results = []
+    for role, plain_path in ((head, True), (replica, True), (head, False)):
+        monkeypatch.setattr(Head, "is_plain", lambda *_, plain_path=plain_path: plain_path)
+        weighted, total = role.loss(hidden_ND, targets_N, weight=0.037)
+        results.append((total, torch.autograd.grad(weighted, hidden_ND)[0]))
+    (total, gradient), again, (other_total, other) = results
+    assert torch.equal(gradient, other) and torch.equal(gradient, again[1])
+    assert float(total) == pytest.approx(float(other_total), rel=1e-6)
+    held = head.scratch._flat.values()
+    assert head.scratch is replica.scratch and sum(flat.nbytes for flat in held) == 2 * 5 * WORDS * dtype.itemsize
 
 
 @pytest.mark.parametrize("shape", SHAPES)
