@@ -235,7 +235,7 @@ class Shard(nn.Module):
     def replica(self) -> Shard:
         """Another role's copy: its own adapter, the same frozen tensors in memory."""
         frozen = {id(p): p for p in self.parameters() if not p.requires_grad}
-        shared: dict[int, object] = dict(frozen)
+        shared: dict[int, object] = {**frozen, id(self.model.config): self.model.config}
         if self.embeddings is not None:
             shared[id(self.embeddings)] = self.embeddings
         shared.update({id(buffer): buffer for buffer in self.buffers()})
