@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 def real_positions(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -22,9 +23,9 @@ def pad(hidden_TD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     rows, longest = len(lengths), max(lengths)
     if hidden_TD.shape[0] == rows * longest:
         return hidden_TD.reshape(rows, longest, -1)
-    blank = hidden_TD.new_zeros(rows * longest, hidden_TD.shape[1])
-    filled = blank.index_copy(0, real_positions(lengths, hidden_TD.device), hidden_TD)
-    return filled.reshape(rows, longest, -1)
+    by_row = torch.split(hidden_TD, list(lengths))
+    padded_BSD: torch.Tensor = pad_sequence(list(by_row), batch_first=True)
+    return padded_BSD
 
 
 def unpad(hidden_BSD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
