@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -51,15 +52,33 @@ def save(folder: Path, state: TrainingState, keep: int) -> None:
     """Write a checkpoint whole or not at all, then drop all but the newest `keep` beside it.
 
     One that is there already is left alone: a step of a run has one state.
+
+    Raises:
+        CheckpointError: something else lies where it belongs.
+        OSError: it cannot be written, for want of space say.
     """
-    if folder.exists():
+    if _is_whole(folder):
         return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is no checkpoint, but lies where one belongs: move it away, then resume")
     for unfinished in folder.parent.glob(".step-*.writing"):
         shutil.rmtree(unfinished)
     temporary = folder.with_name(f".{folder.name}.writing")
-    temporary.mkdir(parents=True)
+    try:
+        _write(temporary, state)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _flush(folder.parent)
+    for old in [path for path in _folders(folder.parent) if _is_whole(path)][:-keep]:
+        shutil.rmtree(old)
+
+
+def _write(folder: Path, state: TrainingState) -> None:
+    """Write the files of a checkpoint and have them on the disk."""
+    folder.mkdir(parents=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    save_file(tensors, temporary / "state.safetensors")
+    save_tensors(folder / "state.safetensors", tensors)
     described = {
         "format": FORMAT,
         "step": state.step,
@@ -67,13 +86,23 @@ def save(folder: Path, state: TrainingState, keep: int) -> None:
         "data": state.data,
         "totals": state.totals,
     }
-    (temporary / "state.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
+    (folder / "state.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
         _flush(path)
-    os.replace(temporary, folder)
-    _flush(folder.parent)
-    for old in _folders(folder.parent)[:-keep]:
-        shutil.rmtree(old)
+
+
+def save_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written; safetensors has an error of its own for that, which names no file.
+    """
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number.group(1)) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(file)) from error
 
 
 def newest(run_dir: Path) -> TrainingState | None:
@@ -102,6 +131,11 @@ def newest(run_dir: Path) -> TrainingState | None:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder} cannot be read ({reason}): {_remedy(folders)}") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether this is a checkpoint; it is renamed to its name only with both files in it."""
+    return all((folder / name).is_file() for name in ("state.json", "state.safetensors"))
 
 
 def _folders(parent: Path) -> list[Path]:

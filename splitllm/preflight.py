@@ -26,6 +26,15 @@ from splitllm.recipe import LoraRecipe, Recipe, what_leaves_the_device
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # PEFT's settings that change what an adapter computes, and a recipe has not
+    "alpha_pattern": (None, {}),
+    "rank_pattern": (None, {}),
+    "layer_replication": (None, []),
+    "lora_bias": (None, False),
+    "bias": (None, "none"),
+    "modules_to_save": (None, []),
+    "init_lora_weights": (None, True, False, "gaussian"),  # the others change the base as well
+}
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,10 @@ def prepare(recipe: Recipe) -> Plan:
 def describe(plan: Plan) -> list[str]:
     """What a recipe will do, for `splitllm validate`."""
     recipe = plan.recipe
+    trained = {block_of(plan.config, module) for module in plan.modules}
     tiers = [
-        f"  {line}" + (" (trains)" if _trains(recipe, name) and start < stop else " (frozen)")
-        for line, name, (start, stop) in zip(plan.tier_lines(), recipe.split.tiers, plan.bounds, strict=True)
+        f"  {line}" + (" (trains)" if any(start <= block < stop for block in trained) else " (frozen)")
+        for line, (start, stop) in zip(plan.tier_lines(), plan.bounds, strict=True)
     ]
     shares = [
         f"  {share.client}: {share.examples} rows, {share.tokens} tokens, {share.labels} labels"
@@ -164,7 +174,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(name, revision=recipe.model.revision)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(f"model.tokenizer: cannot read a tokenizer from {name}: {reason}") from error
 
@@ -233,12 +243,12 @@ def _vocabulary_problems(tokenizer: Any, config: PreTrainedConfig, recipe: Recip
             "it belongs to another model"
         )
     places = getattr(config, "max_position_embeddings", None)
-    if layout_of_positions(config) and places and recipe.data.max_length > places:
+    if has_position_table(config) and places and recipe.data.max_length > places:
         found.append(f"data.max_length: {recipe.data.max_length} is more than the model's {places} positions")
     return found
 
 
-def layout_of_positions(config: PreTrainedConfig) -> bool:
+def has_position_table(config: PreTrainedConfig) -> bool:
     """Whether the family has a learned position table, which limits the length of rows."""
     try:
         return layout_of(config).positions is not None
@@ -273,6 +283,11 @@ def _start_fits(recipe: Recipe, config: PreTrainedConfig, shapes: Shapes) -> Non
         for key, (ours, theirs) in pairs.items()
         if ours != theirs
     ]
+    wrong += [
+        f"lora.start_from: {lora.start_from}: {name}={value!r} in its adapter_config.json has no place in a recipe"
+        for name, neutral in NEUTRAL.items()
+        if (value := getattr(peft_config, name, None)) not in neutral
+    ]
     matched = set(matched_modules(config, _targets(recipe)))
     stored = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in tensors}
     if stored != {name for name in matched if _tier_trains(recipe, config, name)}:
@@ -300,7 +315,9 @@ def _misshapen(tensors: Mapping[str, torch.Tensor], modules: set[str], shapes: S
             wrong.append(f"{module} is adapted from {widths}, the base has {list(shapes[f'{module}.weight'])}")
         elif (a.shape[0], b.shape[-1]) != (lora.rank, lora.rank):
             wrong.append(f"{module} has rank {a.shape[0]} and {b.shape[-1]}, its adapter_config.json says {lora.rank}")
-    return wrong
+    kinds = ("A.weight", "B.weight", *(("magnitude_vector",) if lora.dora else ()))
+    known = {f"base_model.model.{module}.lora_{kind}" for module in modules for kind in kinds}
+    return wrong + [f"tensor {name} is none of LoRA's" for name in sorted(tensors.keys() - known)]
 
 
 def _sample(stored: set[str], matched: set[str]) -> str:

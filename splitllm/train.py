@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ def train(recipe: Recipe, output_dir: str | os.PathLike[str], resume: bool = Fal
     saved = saved_state(recipe, directory, resume)
     share_cores(recipe.train)
     plan = prepare(recipe)
-    data = fingerprint(plan.corpus, saved)
     world = open_world(recipe.train, directory)
     base = open_base(recipe, directory, world)
+    data = fingerprint(plan.corpus, base, saved)
     schedule = schedule_of(recipe.train.schedule, recipe.train.steps)
     roles = Assembly(recipe, plan.corpus, base, plan.modules, plan.bounds, schedule, _site(world)).build()
     tracker = _tracker(world, recipe)
@@ -57,7 +58,17 @@ def train(recipe: Recipe, output_dir: str | os.PathLike[str], resume: bool = Fal
         restore(run, saved)
         _announce(run)
         with StopSignal() as stop:
-            return asyncio.run(_run(run, stop))
+            return _complete(_run(run, stop))
+
+
+def _complete(job: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """Run to the end; in a notebook, whose own event loop is already running, on a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(job)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, job).result()
 
 
 async def _run(run: Run, stop: StopSignal) -> dict[str, Any]:

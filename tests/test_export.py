@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemm
 
 from splitllm import Shard, load_recipe, train
 from splitllm.data.corpus import Corpus
+from splitllm.errors import CheckpointError
 from splitllm.model.export import merge, save_adapter, unsplit_model, whole_model_loss, with_adapter
 from splitllm.model.loading import load_config, quiet_transformers
 from splitllm.model.lora import lora_config, target_modules
 from splitllm.recipe import Recipe
 from splitllm.roles.assembly import Roles
+from splitllm.running import outcome
 from tests.families import CONFIGS, GEMMA, MIXED, corpus, recipe, roles_of
 from tests.test_plain_loop import write_recipe
 
@@ -139,3 +141,17 @@ def test_a_really_pretrained_model_learns_and_its_adapter_reloads(shared: Path, 
     tuned = with_adapter(unsplit_model(str(shared / "stories260K")), tmp_path / "run" / "adapter")
     ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("Once upon a time", return_tensors="pt").input_ids
     torch.testing.assert_close(merged(ids).logits, tuned(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_another_loss_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_recipe(tmp_path, "llama", "float32")
+    monkeypatch.setattr(outcome, "with_adapter", lambda base, _adapter: base)
+    with pytest.raises(CheckpointError, match="the adapter is not that of this base"):
+        train(load_recipe(path, ["train.verify_adapter=true", "train.optimizer.lr=0.05"]), tmp_path / "run")
+
+
+def test_training_works_where_an_event_loop_runs_already(tmp_path: Path) -> None:
+    async def notebook() -> dict[str, Any]:
+        return train(load_recipe(write_recipe(tmp_path, "llama", "float32")), tmp_path / "run")
+
+    assert asyncio.run(notebook())["eval_loss_after"] > 0

@@ -55,7 +55,8 @@ class Corpus:
 
     Attributes:
         train: a tuple a client, none empty.
-        eval: a tuple a client, dealt round robin (some may be empty where there are few).
+        eval: a tuple a client: its own rows set aside or, where `data.eval` names rows, those dealt in turn (some may
+            be empty where there are few).
         shares: what each client trains on.
         dropped: rows left out because nothing in them is learned.
         shortened: rows cut at `data.max_length`.
@@ -82,55 +83,62 @@ def load_corpus(data: DataRecipe, tokenizer: Tokenizer, *, clients: int, batch_s
         DataError: a file is missing, malformed (file and line) or empty; nothing is left to learn or to evaluate; there
             are more clients than examples, values or files.
     """
-    train_rows, eval_rows = _read(data, seed)
-    train_rows, examples, dropped, shortened = _usable(train_rows, data, tokenizer, "data.source")
-    _, held_out, eval_dropped, eval_shortened = _usable(eval_rows, data, tokenizer, "data.eval")
-    dealt = partition(train_rows, data.partition, clients=clients, seed=seed)
+    rows, brought = _read(data)
+    rows, examples, dropped, shortened = _usable(rows, data, tokenizer, "data.source")
+    dealt = partition(rows, data.partition, clients=clients, seed=seed)
+    if brought is None:
+        dealt, kept_back = _hold_out(dealt, data.eval_fraction, seed)
+        evaluation = [[examples[number] for number in part] for part in kept_back]
+    else:
+        _, held_out, eval_dropped, eval_shortened = _usable(brought, data, tokenizer, "data.eval")
+        evaluation = [held_out[client::clients] for client in range(clients)]
+        dropped, shortened = dropped + eval_dropped, shortened + eval_shortened
     train = [[examples[number] for number in part] for part in dealt]
-    evaluation = [held_out[client::clients] for client in range(clients)]
     if data.pack:
         train = [pack(part, data.max_length) for part in train]
         evaluation = [pack(part, data.max_length) for part in evaluation]
-    groups = _groups(train_rows, dealt, data)
+    groups = _groups(rows, dealt, data)
     corpus = Corpus(
         train=tuple(tuple(part) for part in train),
         eval=tuple(tuple(part) for part in evaluation),
         shares=tuple(_share(client, part, groups[client]) for client, part in enumerate(train)),
-        dropped=dropped + eval_dropped,
-        shortened=shortened + eval_shortened,
+        dropped=dropped,
+        shortened=shortened,
     )
     _log(corpus, batch_size, data.max_length)
     return corpus
 
 
-def _read(data: DataRecipe, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows: `data.eval`, else what a source brings along, else a fraction of the source."""
+def _read(data: DataRecipe) -> tuple[list[Row], list[Row] | None]:
+    """The rows to be dealt, and those for evaluation that are named or that a source brings along, if any are."""
     sources = read_sources(data.source, "data.source")
     rows = [row for source in sources for row in source.rows]
     if data.eval is not None:
-        eval_rows = [row for source in read_sources(data.eval, "data.eval") for row in _eval_rows(source)]
-    else:
-        eval_rows = [row for source in sources for row in source.eval]
-        if not eval_rows:
-            rows, eval_rows = _hold_out(rows, data.eval_fraction, seed)
-    return rows[: data.limit], eval_rows
+        return rows[: data.limit], [
+            row for source in read_sources(data.eval, "data.eval") for row in _eval_rows(source)
+        ]
+    return rows[: data.limit], [row for source in sources for row in source.eval] or None
 
 
 def _eval_rows(source: Source) -> list[Row]:
     return source.eval or source.rows
 
 
-def _hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Set aside a fraction of the rows, at least one; both parts keep their order."""
-    count = max(1, round(fraction * len(rows)))
+def _hold_out(dealt: list[list[int]], fraction: float, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Each client sets aside a fraction of its own rows, so that no row moves; in all, at least one is set aside."""
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, HOLD_OUT_KEY))))
-    chosen = set(rng.permutation(len(rows))[:count].tolist())
-    kept = [row for number, row in enumerate(rows) if number not in chosen]
-    if not kept:
+    counts = [min(round(fraction * len(part)), len(part) - 1) for part in dealt]
+    if not any(counts):
+        largest = max(range(len(dealt)), key=lambda client: len(dealt[client]))
+        counts[largest] = min(1, len(dealt[largest]) - 1)
+    if not any(counts):
         raise DataError(
-            f"data.eval_fraction: {fraction} of {len(rows)} rows leaves none to train on; name data.eval or add rows"
+            f"data.eval_fraction: {fraction} of {sum(map(len, dealt))} rows leaves none to train on; name data.eval or "
+            "add rows"
         )
-    return kept, [row for number, row in enumerate(rows) if number in chosen]
+    chosen = [set(rng.permutation(part)[:count].tolist()) for part, count in zip(dealt, counts, strict=True)]
+    pairs = list(zip(dealt, chosen, strict=True))
+    return [[n for n in part if n not in aside] for part, aside in pairs], [sorted(aside) for aside in chosen]
 
 
 def _usable(

@@ -13,11 +13,12 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from splitllm.checkpoint import save_tensors
 from splitllm.errors import CheckpointError
 from splitllm.model.families import layout_of
 from splitllm.model.loading import Checkpoint, load_config, quiet_transformers
@@ -31,17 +32,23 @@ def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Lora
         folder: to be written.
         tensors: the union of the shards' adapter tensors, by their names in a PEFT file.
         config: PEFT's configuration of the adapter on the unsplit model.
+
+    Raises:
+        OSError: it cannot be written, for want of space say.
     """
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     whole = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    save_file(whole, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     described = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     described["inference_mode"] = True
-    (temporary / CONFIG_NAME).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    try:
+        temporary.mkdir(parents=True)
+        save_tensors(temporary / SAFETENSORS_WEIGHTS_NAME, whole, metadata={"format": "pt"})
+        (temporary / CONFIG_NAME).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
@@ -53,7 +60,7 @@ def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     try:
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder}: not a PEFT adapter folder that can be read here ({first})") from error
     if not isinstance(config, LoraConfig):
@@ -102,8 +109,9 @@ def with_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     try:
         with warnings.catch_warnings(action="ignore"):  # of tensors that do not fit, which are counted below
             model = PeftModel.from_pretrained(base, str(adapter), config=config)
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{adapter} does not fit this base: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{adapter} does not fit this base: {first}") from error
     own = sum(1 for name, _ in model.named_parameters() if ".lora_" in name)
     if own != len(tensors):
         raise CheckpointError(f"{adapter} has {len(tensors)} tensors, but this base takes {own}: another base model?")
@@ -124,6 +132,8 @@ def merge(adapter: Path, base: str, output_dir: Path) -> None:
     """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise CheckpointError(f"--output-dir: {output_dir} is not an empty folder; name a new one")
+    if output_dir.resolve() == Path.cwd():
+        raise CheckpointError(f"--output-dir: {output_dir} is the current directory; name a new one")
     load_adapter(adapter)
     merged = with_adapter(unsplit_model(base), adapter).merge_and_unload()
     temporary = output_dir.with_name(f".{output_dir.name}.writing")

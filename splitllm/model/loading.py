@@ -14,11 +14,13 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from splitllm.errors import CheckpointError
 
@@ -28,6 +30,7 @@ DTYPES = {
 }  # fmt: skip
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 MAX_HEADER_BYTES = 100_000_000  # the limit the safetensors format itself sets
+OPENING_BYTES = 4096  # of every tensor, for telling one checkpoint from another
 PIECE_BYTES = 4 * 2**20  # of the stored dtype in memory at once where it is converted
 
 
@@ -155,7 +158,7 @@ class Checkpoint:
         """The entries for `wanted` (name -> shape).
 
         Raises:
-            CheckpointError: with one line for every tensor that is missing or misshapen.
+            CheckpointError: with one line for every tensor that is missing, misshapen or of integers.
         """
         found = {name: self.find(name) for name in wanted}
         missing = [f"{self.name}: tensor {name} is missing" for name, entry in found.items() if entry is None]
@@ -164,9 +167,34 @@ class Checkpoint:
             for name, entry in found.items()
             if entry is not None and entry.shape != tuple(wanted[name])
         ]
-        if missing or misshapen:
-            raise CheckpointError("\n".join(_shorten(missing) + _shorten(misshapen)))
+        whole = [
+            f"{self.name}: tensor {name} holds {str(entry.dtype).removeprefix('torch.')}: weights are floats"
+            for name, entry in found.items()
+            if entry is not None and not entry.dtype.is_floating_point
+        ]
+        if missing or misshapen or whole:
+            raise CheckpointError("\n".join(line for lines in (missing, misshapen, whole) for line in _shorten(lines)))
         return {name: entry for name, entry in found.items() if entry is not None}
+
+    def digest(self) -> str:
+        """Of its configuration and of its tensors' names, shapes, dtypes and first bytes, which are cheap to read.
+
+        Of a checkpoint on the hub in several files the names stand for the tensors: nothing is fetched for this.
+
+        Raises:
+            CheckpointError: a file is not whole.
+        """
+        digest = blake2b(digest_size=16)
+        config = _fetch(self.name, CONFIG_NAME, self._revision)
+        digest.update(config.read_bytes() if config else b"")
+        local = Path(self.name).is_dir()
+        for name, file in sorted(self._file_of.items()):
+            at_hand = file == SAFE_WEIGHTS_NAME or (local and (Path(self.name) / file).exists())
+            entry = self._index(file).get(name) if at_hand else None
+            digest.update(f"|{name}".encode())
+            if entry is not None:
+                digest.update(f"{entry.shape}{entry.dtype}".encode() + _opening(entry))
+        return digest.hexdigest()
 
     def rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows `ids` (sorted, distinct) of a table, [len(ids), D], without touching the others."""
@@ -190,14 +218,13 @@ def load_config(model: str | Path, revision: str | None = None) -> PreTrainedCon
     if not Path(model).is_dir() and not HUB_NAME.fullmatch(str(model)):
         raise CheckpointError(f"model.base: there is no folder {model} (seen from {Path.cwd()}); correct the path")
     try:
-        config = AutoConfig.from_pretrained(str(model), revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text: PreTrainedConfig = AutoConfig.from_pretrained(str(model), revision=revision).get_text_config(decoder=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(
             f"model.base: cannot read a configuration from {model}: {reason} "
             "(give a local folder with config.json, or a hub name that this machine can reach)"
         ) from error
-    text: PreTrainedConfig = config.get_text_config(decoder=True)
     return text
 
 
@@ -272,6 +299,13 @@ def _read(entry: Entry, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
     finally:
         os.close(descriptor)
     return flat.view(entry.dtype)
+
+
+def _opening(entry: Entry) -> bytes:
+    """The first bytes of a stored tensor."""
+    with entry.file.open("rb") as handle:
+        handle.seek(entry.offset)
+        return handle.read(min(entry.nbytes, OPENING_BYTES))
 
 
 def _read_as(entry: Entry, rows: int, dtype: torch.dtype) -> torch.Tensor:

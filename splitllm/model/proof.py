@@ -56,7 +56,15 @@ def _verdict(config_json: str, from_dict: Callable[..., Any], attention: str | N
             return _compare(twin_config(from_dict(json.loads(config_json))), attention, packed)
     except SplitLLMError as error:
         return f"its twin does not load: {error}".replace("\n", "; ")
-    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+    ) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         return f"no small twin of it could be built and run ({first})"
     finally:

@@ -61,7 +61,7 @@ def what_leaves_the_device(recipe: Recipe) -> str:
         return "nothing leaves the device: the whole model is trained in place"
     leaving = [f"activations at the cut (block {recipe.split.cuts[0]})"]
     if trains:
-        leaving.append("gradients of its adapter")
+        leaving.append("gradients of its adapter" if count > 1 else "the norms of its adapter's gradients")
     if recipe.split.labels == "cloud":
         leaving.append("the lengths and labelled positions of rows")
         return f"{_listed(leaving)} leave the {name}, and so do the target token ids, which are text"

@@ -100,7 +100,7 @@ class Client:
         """Announce the step's label counts; learn what one nat of this client's loss weighs."""
         self.worker.trainable.expect(ids)
         reply = await self.uplink.request(Message("open", self.name, ids[0], {"labels": {self.index: labels}}))
-        return float(reply.header["weights"][self.index])
+        return float({int(client): weight for client, weight in reply.header["weights"].items()}[self.index])
 
     async def _train(self, micro_batch: MicroBatchId, batch: MicroBatch, weight: float) -> float:
         run = self._forward(micro_batch, batch, train=True)

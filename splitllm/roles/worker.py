@@ -101,7 +101,11 @@ class Worker:
         """Bytes of tensors this role held at most: weights, adapter with optimiser, activations for the backward."""
         frozen = {p.untyped_storage().data_ptr(): p.nbytes for p in self.shard.parameters() if not p.requires_grad}
         state = sum(tensor.nbytes for tensor in self.trainable.state().values())
-        return {"weights": sum(frozen.values()), "adapter and optimiser": state, "activations": self._activations}
+        return {
+            "weights": sum(frozen.values()),
+            "adapter and optimiser": state,
+            "activations of a micro-batch": self._activations,
+        }
 
     def _mode(self, train: bool) -> None:
         if self.shard.training != train:

@@ -15,6 +15,9 @@ from splitllm.recipe import Recipe
 from splitllm.roles.assembly import DTYPES
 from splitllm.running.world import World
 
+BASE, BASE_UNFINISHED = "base", ".base.writing"
+MARKER = ".drawn-by-splitllm"  # in a folder of weights that were drawn, and may be drawn again
+
 
 def open_base(recipe: Recipe, directory: Path, world: World) -> Checkpoint:
     """The checkpoint that every shard is read from.
@@ -39,13 +42,20 @@ def open_base(recipe: Recipe, directory: Path, world: World) -> Checkpoint:
 
 def base_folder(recipe: Recipe, directory: Path) -> str:
     """The name under which Hugging Face loads the unsplit base."""
-    return recipe.model.base if recipe.model.random is None else str(directory / "base")
+    return recipe.model.base if recipe.model.random is None else str(directory / BASE)
+
+
+def is_drawn(folder: Path) -> bool:
+    """Whether a run drew the weights in this folder, and not somebody else."""
+    return (folder / MARKER).exists()
 
 
 def _draw(recipe: Recipe, folder: Path) -> None:
-    temporary = folder.with_name(".base.writing")
+    temporary = folder.with_name(BASE_UNFINISHED)
     for leftover in (temporary, folder):
         shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (temporary / MARKER).touch()
     torch.manual_seed(recipe.seed)
     with quiet_transformers():
         model = AutoModelForCausalLM.from_config(model_config(recipe), dtype=DTYPES[recipe.model.dtype])

@@ -18,11 +18,12 @@ from splitllm.data import Corpus, eval_batches
 from splitllm.errors import CheckpointError, RecipeError
 from splitllm.metrics import human_bytes
 from splitllm.model.export import save_adapter, unsplit_model, whole_model_loss, with_adapter
+from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import lora_config, target_modules
 from splitllm.model.naming import names_in_unsplit, rename_tensors
 from splitllm.recipe import Recipe, changed_keys, dump_recipe, load_recipe, what_leaves_the_device
 from splitllm.roles.assembly import DTYPES
-from splitllm.running.base import base_folder
+from splitllm.running.base import BASE, BASE_UNFINISHED, base_folder, is_drawn
 from splitllm.running.state import Run, Totals
 
 HARMLESS = tuple(
@@ -30,24 +31,31 @@ HARMLESS = tuple(
 )
 PACKAGES = ("splitllm", "torch", "transformers", "peft", "accelerate", "datasets")
 MIB = 2**20
+AGREEMENT = 1e-4  # nats, between the split run's loss and that of PEFT on the unsplit base
+AGREEMENT_IN_HALF = 2e-2
 RECIPE = "recipe.yaml"
+LEFTOVERS = {BASE_UNFINISHED, f".{RECIPE}.writing"}
 
 
-def fingerprint(corpus: Corpus, saved: checkpoint.TrainingState | None = None) -> str:
-    """A digest of every client's rows, in order.
+def fingerprint(corpus: Corpus, base: Checkpoint, saved: checkpoint.TrainingState | None = None) -> str:
+    """A digest of every client's rows, in order, and one of the base model.
 
     Raises:
-        RecipeError: the checkpoint to resume from saw other rows.
+        RecipeError: the checkpoint to resume from saw other rows, or another base model.
     """
     digest = blake2b(digest_size=16)
     for part in (*corpus.train, *corpus.eval):
         digest.update(b"|")
         for example in part:
             digest.update(example.ids.tobytes() + example.targets.tobytes())
-    found = digest.hexdigest()
-    if saved is not None and saved.data != found:
-        raise RecipeError(["--resume: the rows of data.source are no longer those that this run was trained on"])
-    return found
+    rows, weights = digest.hexdigest(), base.digest()
+    if saved is not None:
+        saved_rows, _, saved_weights = saved.data.partition("-")
+        if saved_rows != rows:
+            raise RecipeError(["--resume: the rows of data.source are no longer those that this run was trained on"])
+        if saved_weights != weights:
+            raise RecipeError([f"--resume: the model in {base.name} is no longer the one that this run was trained on"])
+    return f"{rows}-{weights}"
 
 
 def saved_state(recipe: Recipe, directory: Path, resume: bool) -> checkpoint.TrainingState | None:
@@ -56,19 +64,22 @@ def saved_state(recipe: Recipe, directory: Path, resume: bool) -> checkpoint.Tra
     A run that was killed before its first checkpoint has nothing to go on from; resumed, it starts again.
 
     Raises:
-        RecipeError: the folder holds a run and `--resume` was not given, or the recipe changed.
+        RecipeError: the folder is in use and `--resume` was not given, or the recipe changed.
         CheckpointError: there is nothing to resume, or it cannot be read.
     """
     if directory.exists() and not directory.is_dir():
         raise RecipeError([f"--output-dir: {directory} is a file; name a folder"])
-    started = (directory / RECIPE).exists()
-    if started and not resume:
-        raise RecipeError(
-            [f"--output-dir: {directory} holds a run; add --resume to go on with it, or name a new folder"]
-        )
+    recipe_is_there = (directory / RECIPE).exists()
+    started = recipe_is_there and any((directory / name).exists() for name in ("checkpoints", "metrics.jsonl"))
     if not resume:
+        if started:
+            raise RecipeError(
+                [f"--output-dir: {directory} holds a run; add --resume to go on with it, or name a new folder"]
+            )
+        if _foreign(directory):
+            raise RecipeError([f"--output-dir: {directory} is not empty; name a new folder"])
         return None
-    if not started:
+    if not started and (not recipe_is_there or _foreign(directory) - {RECIPE, "tensorboard"}):
         raise CheckpointError(f"--resume: {directory} holds no run; start it without --resume")
     saved = checkpoint.newest(directory)
     changed = changed_keys(_recipe_of(directory, saved), recipe)
@@ -76,6 +87,12 @@ def saved_state(recipe: Recipe, directory: Path, resume: bool) -> checkpoint.Tra
     if harmful:
         raise RecipeError([f"--resume: the recipe is not that of {directory}: {line}" for line in harmful])
     return saved
+
+
+def _foreign(directory: Path) -> set[str]:
+    """What lies in the folder, but for what a start that failed left there."""
+    names = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    return names - LEFTOVERS - ({BASE} if is_drawn(directory / BASE) else set())
 
 
 def _recipe_of(directory: Path, saved: checkpoint.TrainingState | None) -> Recipe:
@@ -174,11 +191,17 @@ def _adapter_config(run: Run, modules: Mapping[str, str]) -> Any:
     )
     as_named = plan.every_module_trains and targets != "all-linear" and all(a == b for a, b in modules.items())
     named = targets if as_named else sorted(modules.values())
-    return lora_config(plan.config, recipe.lora, named, base_folder(recipe, run.directory))
+    config = lora_config(plan.config, recipe.lora, named, base_folder(recipe, run.directory))
+    config.revision = recipe.model.revision
+    return config
 
 
 def _unsplit_losses(run: Run, adapter: Path) -> dict[str, float]:
-    """The held-out loss by Hugging Face and PEFT alone, before and after."""
+    """The held-out loss by Hugging Face and PEFT alone, before and after.
+
+    Raises:
+        CheckpointError: it is not the split run's.
+    """
     dtype, size = DTYPES[run.recipe.model.dtype], run.recipe.train.batch_size
     batches = [
         (batch.ids_BS, batch.lengths, batch.positions_N, batch.targets_N, batch.position_ids_BS)
@@ -186,8 +209,14 @@ def _unsplit_losses(run: Run, adapter: Path) -> dict[str, float]:
         for batch in eval_batches(part, size)
     ]
     base = unsplit_model(base_folder(run.recipe, run.directory), dtype, run.recipe.model.revision)
-    before = whole_model_loss(base, batches)
-    return {"unsplit_loss_before": before, "unsplit_loss_after": whole_model_loss(with_adapter(base, adapter), batches)}
+    before, after = whole_model_loss(base, batches), whole_model_loss(with_adapter(base, adapter), batches)
+    exact = dtype != torch.bfloat16 and not run.world.half
+    if not abs(after - float(run.totals.loss_after or 0.0)) <= (AGREEMENT if exact else AGREEMENT_IN_HALF):
+        raise CheckpointError(
+            f"{adapter}: PeftModel on the unsplit base finds a held-out loss of {after:.6f}, the split run "
+            f"{run.totals.loss_after:.6f}: the adapter is not that of this base"
+        )
+    return {"unsplit_loss_before": before, "unsplit_loss_after": after}
 
 
 def _trainable(run: Run) -> int:

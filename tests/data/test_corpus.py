@@ -59,6 +59,19 @@ def test_a_fraction_is_held_out_by_the_seed(words):
     assert all_ids(other.eval) != all_ids(corpus.eval)
 
 
+@pytest.mark.parametrize("by", ["file", "field"])
+def test_rows_that_are_held_out_stay_with_the_client_that_owns_them(words, by):
+    write("0.jsonl", [{"text": f"{'a ' * k}b", "who": "x"} for k in range(1, 21)])
+    write("1.jsonl", [{"text": f"{'b ' * k}a", "who": "y"} for k in range(1, 11)])
+    partition = {"by": "file"} if by == "file" else {"by": "field", "field": "who"}
+    corpus = load(words, source=["0.jsonl", "1.jsonl"], format="text", eval_fraction=0.2, partition=partition)
+    first, second = (
+        {int(one.ids[0]) for one in (*train, *held)} for train, held in zip(corpus.train, corpus.eval, strict=True)
+    )
+    assert len(first) == len(second) == 1 and first != second
+    assert [(len(t), len(e)) for t, e in zip(corpus.train, corpus.eval, strict=True)] == [(16, 4), (8, 2)]
+
+
 def test_eval_rows_are_dealt_round_robin(words):
     write("x.jsonl", rows_of(8))
     write("e.jsonl", [{"prompt": "a", "completion": word} for word in WORDS])

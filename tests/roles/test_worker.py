@@ -50,7 +50,7 @@ def test_a_graph_is_built_only_where_something_needs_it(lora: bool, train: bool,
     below = worker.backward(run, torch.ones_like(run.output_TD))
     assert (below is not None) == (graph and wanted)
     assert bool(worker.trainable.gradients() if graph and lora else {}) == (graph and lora)
-    assert (worker.peak()["activations"] > 0) == graph
+    assert (worker.peak()["activations of a micro-batch"] > 0) == graph
 
 
 def test_the_gradient_does_not_reach_beyond_the_cut() -> None:
@@ -71,7 +71,7 @@ def test_weights_and_adapter_are_counted_to_the_byte() -> None:
     worker = worker_of()
     frozen = sum(p.nbytes for p in worker.shard.parameters() if not p.requires_grad)
     adapter = sum(p.nbytes for p in adapter_parameters(worker.shard).values())
-    assert worker.peak() == {"weights": frozen, "adapter and optimiser": adapter, "activations": 0}
+    assert worker.peak() == {"weights": frozen, "adapter and optimiser": adapter, "activations of a micro-batch": 0}
     zeros = {name: torch.zeros_like(p) for name, p in worker.trainable.parameters.items()}
     worker.trainable.apply(zeros, 1.0, 1.0)
     steps = 4 * len(zeros)
@@ -84,7 +84,7 @@ def test_activations_are_those_of_the_largest_micro_batch_and_fewer_when_recompu
         worker = worker_of(checkpointing=checkpointing)
         for rows in (1, 2, 1):
             worker.forward(FIRST, hidden_TD()[: 4 * rows], [4] * rows, None, train=True, input_gradient=True)
-            sizes.append(worker.peak()["activations"])
+            sizes.append(worker.peak()["activations of a micro-batch"])
     one, two, still, *recomputed = sizes
     assert one < two == still < 2.2 * one
     assert max(recomputed) < two / 2
