@@ -225,7 +225,7 @@ def measure(case: Case, folder: Path) -> dict[str, float]:
         "weights": held["weights"],
         "adapter": held["adapter and optimiser"],
         "activations": _live_in_a_step(worker, case),
-        "saved activations": held["activations"],
+        "saved activations": held["activations of a micro-batch"],
         "load growth": loaded["peak"] - before["now"],
         "lookup growth": lookups,
         "growth": after["peak"] - before["now"],

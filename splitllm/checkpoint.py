@@ -10,7 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def _write(folder: Path, state: TrainingState) -> None:
     """Write the files of a checkpoint and have them on the disk."""
     folder.mkdir(parents=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    save_tensors(folder / "state.safetensors", tensors)
+    with writing(folder):
+        save_file(tensors, folder / "state.safetensors")
     described = {
         "format": FORMAT,
         "step": state.step,
@@ -91,18 +93,15 @@ def _write(folder: Path, state: TrainingState) -> None:
         _flush(path)
 
 
-def save_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: it cannot be written; safetensors has an error of its own for that, which names no file.
-    """
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Safetensors has an error of its own for a full disk, which names no file: inside, it is an ordinary `OSError`."""
     try:
-        save_file(tensors, file, metadata=metadata)
+        yield
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         code = int(number.group(1)) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(file)) from error
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def newest(run_dir: Path) -> TrainingState | None:

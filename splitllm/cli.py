@@ -113,6 +113,7 @@ def merge(
         from splitllm.model.export import merge as run
 
         run(adapter, base, output_dir)
+        typer.echo(f"merged model, in the base's own dtype: {output_dir}")
 
 
 @contextmanager

@@ -244,7 +244,8 @@ def _vocabulary_problems(tokenizer: Any, config: PreTrainedConfig, recipe: Recip
         )
     places = getattr(config, "max_position_embeddings", None)
     if has_position_table(config) and places and recipe.data.max_length > places:
-        found.append(f"data.max_length: {recipe.data.max_length} is more than the model's {places} positions")
+        longest = recipe.data.max_length
+        found.append(f"data.max_length: {longest} is more than the model's {places} positions; use at most {places}")
     return found
 
 

@@ -6,6 +6,7 @@ Losses are mean cross-entropy in nats per predicted token.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Coroutine, Sequence
@@ -73,7 +74,11 @@ def _complete(job: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
 
 async def _run(run: Run, stop: StopSignal) -> dict[str, Any]:
     """Evaluate, train to the last step, evaluate, save."""
-    recipe = run.recipe.train
+    recipe, summary = run.recipe.train, run.directory / "summary.json"
+    if run.totals.loss_after is not None and summary.exists():
+        run.metrics.say(f"{run.directory} is complete ({recipe.steps} of {recipe.steps} steps); nothing to do")
+        complete: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
+        return complete
     if run.totals.loss_before is None:
         run.totals.loss_before = await _evaluate(run)
     while run.step < recipe.steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,31 @@ def test_nothing_is_there_under_its_name_before_all_of_it_is(tmp_path: Path, mon
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 1)
     assert newest(tmp_path) is None
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_place_and_leaves_nothing(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=r"step-2\.writing"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == ["step-1"]
+
+
+def test_another_folder_of_its_name_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    folder_of(tmp_path, 1).mkdir(parents=True)
+    save(tmp_path, 1)
+    found = newest(tmp_path)
+    assert found is not None and found.step == 1
+    folder_of(tmp_path, 2).mkdir()
+    (folder_of(tmp_path, 2) / "mine").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"step-2 is no checkpoint, but lies where one belongs: move it away"):
+        save(tmp_path, 2)
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["step-2", "step-3"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from splitllm.cli import app
+from splitllm.model.export import load_adapter, save_adapter
 from splitllm.recipe import load_recipe
 from splitllm.train import train
 from tests.tiny import CONFIGS, save_base, save_tokenizer, write_recipe
@@ -70,6 +72,21 @@ def test_an_empty_folder_may_be_there_already_and_a_base_may_have_no_tokenizer(f
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged"]
 
 
+def test_a_full_disk_leaves_the_adapter_that_was_there(folder: Path, tmp_path: Path) -> None:
+    config, tensors = load_adapter(folder / "gpt2" / "run" / "adapter")
+    save_adapter(tmp_path / "adapter", tensors, config)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=r"adapter\.writing"):
+            save_adapter(tmp_path / "adapter", tensors, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_a_folder_in_use_is_left_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
@@ -77,6 +94,14 @@ def test_a_folder_in_use_is_left_alone(folder: Path, tmp_path: Path) -> None:
     complaint = "--output-dir: {} is not an empty folder; name a new one\n"
     for taken in (tmp_path / "mine", tmp_path / "mine" / "file"):
         assert refusal(adapter, base, taken) == complaint.format(taken)
+
+
+def test_the_current_directory_is_refused_before_anything_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = merge(folder / "gpt2" / "run" / "adapter", folder / "gpt2" / "base", Path())
+    assert (done.exit_code, done.stderr) == (2, "--output-dir: . is the current directory; name a new one\n")
 
 
 def test_what_is_no_adapter_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.utils import is_flash_attn_2_available
 from typer.testing import CliRunner
 
 from splitllm.cli import app
@@ -76,7 +77,7 @@ def test_validate_says_what_will_happen_and_what_leaves_the_device(folder: Path)
     ("overrides", "expected"),
     [
         (["train.stpes=4"], ["train.stpes: unknown key; did you mean train.steps?"]),
-        (["split.cuts=[3, 1]"], ["split.cuts: [3, 1] is not allowed; use block numbers from 0 that rise strictly, *"]),
+        (["split.cuts=[3, 1]"], ["split.cuts: [3, 1] is not allowed; use block numbers from 1 that rise strictly, *"]),
         (["split.cuts=[2, 5]"], ["split.cuts: 5 is not a place to cut gpt2, which has 4 blocks: use 1 to 4"]),
         (["split.cuts=[0, 2]"], ["split.cuts: 0 is not a place to cut gpt2, which has 4 blocks: use 1 to 4"]),
         (["lora.targets=[nope]"], ["lora.targets: ['nope'] matches nothing in gpt2; its blocks have c_attn, c_fc, *"]),
@@ -85,10 +86,10 @@ def test_validate_says_what_will_happen_and_what_leaves_the_device(folder: Path)
             ["lora.targets=[h.0.attn.c_attn]", "lora.tiers=[cloud]"],
             ["lora.tiers: ['cloud'] hold no module that lora.targets matches"],
         ),
-        (["split.tiers={client: 99, edge: 1, cloud: 1}"], ["split.tiers: 99 clients share 36 usable training rows *"]),
+        (["split.tiers={client: 99, edge: 1, cloud: 1}"], ["split.tiers: 99 clients share 40 usable training rows *"]),
         (["data.source=gone.jsonl"], ["data.source: there is no file gone.jsonl (seen from *); correct the path"]),
         (["data.eval=gone.jsonl"], ["data.eval: there is no file gone.jsonl (seen from *); correct the path"]),
-        (["data.max_length=64"], ["data.max_length: 64 is more than the model's 32 positions"]),
+        (["data.max_length=64"], ["data.max_length: 64 is more than the model's 32 positions; use at most 32"]),
         (["model.base=no/such/folder"], ["model.base: there is no folder no/such/folder (seen from *); correct the *"]),
         (["model.base=absent"], ["model.base: cannot read a configuration from absent: *"]),
         (["model.tokenizer=absent"], ["model.tokenizer: cannot read a tokenizer from absent: *"]),
@@ -208,12 +209,45 @@ def test_a_family_that_cannot_be_cut_is_refused_by_name(folder: Path, tmp_path: 
     assert line.startswith(f"model.base: {family} cannot be cut: ") and reason in line
 
 
-@pytest.mark.parametrize("content", ["{", '{"model_type": "nonesuch"}', "{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        '{"model_type": "nonesuch"}',
+        "{}",
+        "3",
+        "null",
+        '{"model_type": "gpt2", "n_layer": "six"}',
+        '{"model_type": "gpt2", "dtype": "zzz"}',
+        '{"model_type": "gpt2", "quantization_config": 3}',
+    ],
+)
 def test_a_configuration_that_is_none_is_refused(folder: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(content)
     (line,) = complaints(folder, tmp_path, f"model.base={tmp_path / 'base'}")
     assert line.startswith("model.base: cannot read a configuration from TMP/base: ")
+
+
+@pytest.mark.parametrize("content", ["3", "null", '{"added_tokens_decoder": 3}'])
+def test_a_tokenizer_that_is_none_is_refused(folder: Path, tmp_path: Path, content: str) -> None:
+    shutil.copytree(folder / "base", tmp_path / "words")
+    (tmp_path / "words" / "tokenizer_config.json").write_text(content)
+    (line,) = complaints(folder, tmp_path, f"model.tokenizer={tmp_path / 'words'}")
+    assert line.startswith("model.tokenizer: cannot read a tokenizer from TMP/words: ")
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="needs a machine without flash_attn")
+def test_an_attention_that_is_not_installed_is_refused(folder: Path, tmp_path: Path) -> None:
+    (line,) = complaints(folder, tmp_path, "model.attention=flash_attention_2")
+    assert line.startswith("model.base: gpt2 cannot be cut: no small twin of it could be built and run (FlashAttention")
+
+
+def test_integers_are_no_weights(folder: Path, tmp_path: Path) -> None:
+    name = "transformer.h.1.mlp.c_fc.weight"
+    override = variant(folder, tmp_path, lambda tensors: {**tensors, name: tensors[name].to(torch.int8)})
+    (line,) = complaints(folder, tmp_path, override)
+    assert line == f"TMP/changed: tensor {name} holds int8: weights are floats"
 
 
 def test_more_processes_than_started_is_one_line(folder: Path, tmp_path: Path) -> None:
@@ -258,3 +292,48 @@ def test_an_adapter_of_another_width_or_cut_short_is_no_start(folder: Path, adap
     assert complaints(folder, tmp_path, f"lora.start_from={tmp_path / 'short'}") == [
         "lora.start_from: TMP/short: tensors of transformer.h.2.attn.c_attn are missing"
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("alpha_pattern", {"c_attn": 99}),
+        ("rank_pattern", {"c_attn": 2}),
+        ("lora_bias", True),
+        ("bias", "all"),
+        ("modules_to_save", ["lm_head"]),
+        ("init_lora_weights", "pissa"),
+    ],
+)
+def test_an_adapter_with_settings_that_a_recipe_has_not_is_no_start(
+    folder: Path, adapter: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    shutil.copytree(adapter, tmp_path / "odd")
+    file = tmp_path / "odd" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    found = complaints(folder, tmp_path, f"lora.start_from={tmp_path / 'odd'}")
+    assert found == [f"lora.start_from: TMP/odd: {key}={value!r} in its adapter_config.json has no place in a recipe"]
+
+
+def test_an_adapter_with_further_tensors_is_no_start(folder: Path, adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "more")
+    file = tmp_path / "more" / "adapter_model.safetensors"
+    name = "base_model.model.transformer.h.1.attn.c_attn.lora_B.bias"
+    save_file({**load_file(file), name: torch.ones(48)}, file)
+    found = complaints(folder, tmp_path, f"lora.start_from={tmp_path / 'more'}")
+    assert found == [f"lora.start_from: TMP/more: tensor {name} is none of LoRA's"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("r", None), ("rank_pattern", 3), ("peft_type", "XYZ")])
+def test_an_adapter_configuration_that_is_none_is_refused(
+    folder: Path, adapter: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    shutil.copytree(adapter, tmp_path / "odd")
+    file = tmp_path / "odd" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    assert complaints(folder, tmp_path, f"lora.start_from={tmp_path / 'odd'}")
+    done = CliRunner().invoke(
+        app, ["merge", str(tmp_path / "odd"), "--base", str(folder / "base"), "--output-dir", str(tmp_path / "merged")]
+    )
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(str(tmp_path / "odd"))

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from splitllm.checkpoint import newest
 from splitllm.errors import CheckpointError, RecipeError, RunInterrupted
 from splitllm.metrics import Metrics, read_records
 from splitllm.recipe import Recipe, load_recipe
+from splitllm.running.base import MARKER
 from splitllm.running.interrupt import StopSignal
 from splitllm.train import train
 from tests.tiny import write_recipe, write_rows
@@ -180,6 +182,44 @@ def test_another_run_is_not_overwritten(folder: Path, uninterrupted: Path) -> No
     assert sorted((path, path.stat().st_mtime_ns) for path in uninterrupted.rglob("*")) == before
 
 
+USED = {
+    "an adapter": ("adapter/adapter_config.json",),
+    "a base that no run drew": ("base/config.json",),
+    "checkpoints": ("checkpoints/step-3/model.bin",),
+    "a recipe": ("recipe.yaml",),
+}
+
+
+@pytest.mark.parametrize("content", USED)
+def test_a_folder_in_use_is_left_alone(folder: Path, tmp_path: Path, content: str) -> None:
+    for name in USED[content]:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(RecipeError, match=r"--output-dir: .*run is not empty; name a new folder"):
+        train(recipe(folder), tmp_path / "run")
+    found = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert found == set(USED[content])
+
+
+def test_a_recipe_beside_other_files_is_no_run_to_resume(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(CheckpointError, match=r"holds no run; start it without --resume"):
+        train(recipe(folder), tmp_path, resume=True)
+
+
+def test_a_run_killed_before_its_first_event_is_started_again(
+    folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        crash_at(patched, "eval", 0)
+        with pytest.raises(Crash):
+            train(recipe(folder), tmp_path / "run")
+    assert contents(tmp_path / "run") == {"recipe.yaml"}
+    train(recipe(folder), tmp_path / "run", resume=True)
+    same_end(tmp_path / "run", uninterrupted)
+
+
 def test_resuming_where_there_is_no_run_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"--resume: .*nothing holds no run; start it without --resume"):
         train(recipe(folder), tmp_path / "nothing", resume=True)
@@ -225,11 +265,29 @@ def test_resuming_with_other_rows_is_refused(tmp_path: Path, monkeypatch: pytest
     assert train(recipe(tmp_path), tmp_path / "run", resume=True)["train_tokens"] > 0
 
 
+def test_resuming_with_another_base_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_recipe(tmp_path)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        with pytest.raises(RunInterrupted):
+            train(recipe(tmp_path), tmp_path / "run")
+    file = tmp_path / "base" / "model.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+    tensors["transformer.h.2.mlp.c_fc.weight"][0, 0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=r"--resume: the model in .*base is no longer the one that this run was"):
+        train(recipe(tmp_path), tmp_path / "run", resume=True)
+    file.write_bytes(whole)
+    assert train(recipe(tmp_path), tmp_path / "run", resume=True)["train_tokens"] > 0
+
+
 def test_random_weights_are_drawn_once_and_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = recipe(folder, "model.random={n_layer: 3}", "split.cuts=[1, 2]", f"model.tokenizer={folder / 'base'}")
     train(wanted, tmp_path / "whole")
     (tmp_path / "run" / "base").mkdir(parents=True)  # left over from a start that failed: not this recipe's weights
     (tmp_path / "run" / "base" / "config.json").write_text("{}")
+    (tmp_path / "run" / "base" / MARKER).touch()
+    (tmp_path / "run" / ".base.writing").mkdir()
     with monkeypatch.context() as patched:
         stop_after(patched, 2)
         with pytest.raises(RunInterrupted):

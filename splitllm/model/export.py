@@ -13,12 +13,12 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from splitllm.checkpoint import save_tensors
+from splitllm.checkpoint import writing
 from splitllm.errors import CheckpointError
 from splitllm.model.families import layout_of
 from splitllm.model.loading import Checkpoint, load_config, quiet_transformers
@@ -43,7 +43,8 @@ def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Lora
     described["inference_mode"] = True
     try:
         temporary.mkdir(parents=True)
-        save_tensors(temporary / SAFETENSORS_WEIGHTS_NAME, whole, metadata={"format": "pt"})
+        with writing(temporary):
+            save_file(whole, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         (temporary / CONFIG_NAME).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
@@ -139,7 +140,7 @@ def merge(adapter: Path, base: str, output_dir: Path) -> None:
     temporary = output_dir.with_name(f".{output_dir.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), writing(temporary):
             merged.save_pretrained(temporary)
             _copy_tokenizer(base, temporary)
         if output_dir.exists():

@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from splitllm.checkpoint import writing
 from splitllm.errors import FamilyError, SplitLLMError
 from splitllm.model.families import layout_of
 from splitllm.model.loading import Checkpoint, quiet_transformers
@@ -112,7 +113,8 @@ def _compare(config: PreTrainedConfig, attention: str | None, packed: bool) -> s
             torch.nn.init.normal_(parameter, std=0.2)
     with tempfile.TemporaryDirectory() as folder:
         whole.should_save_on_this_rank = lambda _is_main_process: True  # each process proves for itself
-        whole.save_pretrained(folder)
+        with writing(Path(folder)):
+            whole.save_pretrained(folder)
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation=attention)
         ids_BS = torch.randint(1, VOCABULARY, (2, TOKENS))
         reason = _cut_equals_whole(whole.eval(), Path(folder), ids_BS, attention)

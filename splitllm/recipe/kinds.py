@@ -83,7 +83,7 @@ Fraction = Annotated[_Real, Field(gt=0, lt=1), _allows("a number between 0 and 1
 Betas = Annotated[tuple[Probability, Probability], _allows("two numbers from 0 to below 1, such as [0.9, 0.999]")]
 
 Cuts = Annotated[
-    tuple[NonNegative, ...], AfterValidator(_rising), _allows("block numbers from 0 that rise strictly, such as [2, 4]")
+    tuple[NonNegative, ...], AfterValidator(_rising), _allows("block numbers from 1 that rise strictly, such as [2, 4]")
 ]
 Tiers = Annotated[dict[str, int], BeforeValidator(_tiers)]
 TierNames = Annotated[tuple[Text, ...], Field(min_length=1), _allows("a list of tier names, such as [edge, cloud]")]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from splitllm.checkpoint import writing
 from splitllm.model.loading import Checkpoint, quiet_transformers
 from splitllm.preflight import model_config
 from splitllm.recipe import Recipe
@@ -57,7 +58,7 @@ def _draw(recipe: Recipe, folder: Path) -> None:
     temporary.mkdir(parents=True)
     (temporary / MARKER).touch()
     torch.manual_seed(recipe.seed)
-    with quiet_transformers():
+    with quiet_transformers(), writing(temporary):
         model = AutoModelForCausalLM.from_config(model_config(recipe), dtype=DTYPES[recipe.model.dtype])
         model.save_pretrained(temporary)
     os.replace(temporary, folder)

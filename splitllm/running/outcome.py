@@ -175,6 +175,7 @@ def finish(run: Run) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
     }
     run.metrics.write_summary(summary)
+    run.metrics.close()  # ends the live line above what follows
     for line in _closing_lines(run, summary):
         run.metrics.say(line)
     return summary

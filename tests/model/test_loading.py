@@ -60,7 +60,7 @@ def copied(family: str, folder: Path, rename: Callable[[str], str] = str) -> Pat
 
 
 def check_refused_or_read(folder: Path, content: bytes) -> None:
-    """Either a CheckpointError, or every tensor holds exactly the bytes that its entry points at."""
+    """Either a CheckpointError, or every tensor of floats holds exactly the bytes that its entry points at."""
     file = write(folder, content)
     try:
         entries = read_index(file)
@@ -69,6 +69,10 @@ def check_refused_or_read(folder: Path, content: bytes) -> None:
     checkpoint = Checkpoint(folder)
     for name, entry in entries.items():
         assert 8 <= entry.offset <= entry.offset + entry.nbytes <= len(content)
+        if not entry.dtype.is_floating_point:
+            with pytest.raises(CheckpointError, match=r"weights are floats"):
+                checkpoint.read(name, entry.shape, entry.dtype)
+            continue
         tensor = checkpoint.read(name, entry.shape, entry.dtype)
         assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype
         raw = bytes(tensor.reshape(-1).view(torch.uint8).tolist())
@@ -239,6 +243,28 @@ def test_tensors_are_converted_piece_by_piece(
     monkeypatch.setattr("splitllm.model.loading.PIECE_BYTES", piece)
     for name, tensor in tensors.items():
         assert torch.equal(Checkpoint(place).read(name, tensor.shape, dtype), tensor.to(dtype))
+
+
+def test_the_digest_tells_names_shapes_dtypes_contents_and_configurations_apart(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((place / "config.json").read_bytes())
+
+    def digest(tensors: dict[str, torch.Tensor]) -> str:
+        write(tmp_path, stored(tensors, tmp_path))
+        return Checkpoint(tmp_path).digest()
+
+    a = torch.arange(12.0)
+    variants = [
+        {"a": a},
+        {"b": a},
+        {"a": a.reshape(3, 4)},
+        {"a": a.view(torch.int32)},
+        {"a": a + 1},
+        {"a": a, "b": a.clone()},
+    ]
+    found = [digest(tensors) for tensors in variants]
+    assert digest(variants[0]) == found[0]
+    (tmp_path / "config.json").write_bytes((place / "config.json").read_bytes() + b" ")
+    assert len({*found, digest(variants[0])}) == len(variants) + 1
 
 
 def test_a_tensor_of_another_shape_is_not_read(place: Path) -> None:
