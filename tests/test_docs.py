@@ -56,6 +56,10 @@ COMMANDS_SHOWN = [
 ]
 
 
+def test_no_placeholder_is_left() -> None:
+    assert "SPEED_TABLE" not in (ROOT / "README.md").read_text()
+
+
 def test_the_documents_show_commands() -> None:
     assert {shown.values[0][0] for shown in COMMANDS_SHOWN} >= {"train", "validate", "merge"}
 

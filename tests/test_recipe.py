@@ -75,6 +75,7 @@ def test_a_recipe_is_frozen(file: Path) -> None:
 
 
 WRONG = [
+    ("seed=2026-99-99", "override 'seed=2026-99-99': the value is not valid YAML: month must be in 1..12"),
     ("train.stpes=3", "train.stpes: unknown key; did you mean train.steps?"),
     ("lr=3", "lr: unknown key; did you mean train.optimizer.lr?"),
     ("train.lr=3", "train.lr: unknown key; did you mean train.optimizer.lr?"),

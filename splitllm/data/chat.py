@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from splitllm.data.rows import Row, refuse
+from splitllm.data.rows import Row, is_unicode, refuse
 from splitllm.data.tokens import encode
 from splitllm.errors import DataError
 
@@ -61,6 +61,8 @@ def _messages(row: Row, column: str) -> list[dict[str, Any]]:
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise DataError(f'{row.where}: message {number} is not {{"role": ..., "content": "text"}}')
+        if not is_unicode(message["content"]):
+            raise DataError(f"{row.where}: message {number} is not valid Unicode (a lone surrogate); correct the row")
         if message.get("role") not in ROLES:
             role = str(message.get("role"))[:40]
             raise DataError(f"{row.where}: message {number} has the unknown role {role!r}; use {', '.join(ROLES)}")
@@ -77,7 +79,7 @@ def _render(row: Row, messages: list[dict[str, Any]], tokenizer: Tokenizer) -> _
             if message["role"] == "assistant":
                 before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
                 turns.append((before, tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)))
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise DataError(f"{row.where}: the tokenizer's chat template refuses it ({error})") from None
     for before, after in turns:
         if not (whole.startswith(after) and after.startswith(before)):

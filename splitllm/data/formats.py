@@ -9,7 +9,7 @@ import numpy as np
 
 from splitllm.data.chat import chat
 from splitllm.data.examples import Example
-from splitllm.data.rows import Row, refuse
+from splitllm.data.rows import Row, is_unicode, refuse
 from splitllm.data.tokens import encode, opening
 from splitllm.errors import DataError
 
@@ -79,7 +79,9 @@ def _texts(rows: Sequence[Row], name: str, fields: Mapping[str, str]) -> list[st
     texts, problems = [], []
     for row in rows:
         value = row.fields.get(column)
-        if isinstance(value, str):
+        if isinstance(value, str) and not is_unicode(value):
+            problems.append(f"{row.where}: field {column!r} is not valid Unicode (a lone surrogate); correct the row")
+        elif isinstance(value, str):
             texts.append(value)
         elif value is None:
             has = ", ".join(row.fields) or "nothing"

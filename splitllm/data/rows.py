@@ -31,6 +31,15 @@ class Row:
         return f"{self.source}:{self.line}"
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8; a lone surrogate, which JSON can spell, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def refuse(problems: list[str]) -> NoReturn:
     """Raise `DataError` with the first few problems, one a line, and the number of the others."""
     rest = len(problems) - SHOWN

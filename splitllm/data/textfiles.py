@@ -43,7 +43,7 @@ def json_rows(path: str) -> list[Row]:
         DataError: a row is not JSON or not an object; its line is named.
     """
     text = read_text(path)
-    found = _array_values(text, path) if text.lstrip().startswith("[") else _line_values(text, path)
+    found = _array_values(text) if text.lstrip().startswith("[") else _line_values(text)
     rows, problems = [], []
     for line, value in found:
         if isinstance(value, dict):
@@ -63,20 +63,23 @@ def _not_an_object(value: object) -> str:
     return f'a {type(value).__name__}, not an object; write each row as {{"field": "text"}}'
 
 
-def _malformed(error: json.JSONDecodeError) -> _Malformed:
-    return _Malformed(f"not JSON ({error.msg} at column {error.colno}); correct or remove the row")
+def _malformed(error: ValueError | RecursionError) -> _Malformed:
+    if isinstance(error, json.JSONDecodeError):
+        return _Malformed(f"not JSON ({error.msg} at column {error.colno}); correct or remove the row")
+    reason = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+    return _Malformed(f"cannot be read ({reason}); correct or remove the row")
 
 
-def _line_values(text: str, path: str) -> Iterator[tuple[int, object]]:
+def _line_values(text: str) -> Iterator[tuple[int, object]]:
     for line, content in enumerate(text.split("\n"), start=1):
         if content.strip():
             try:
                 yield line, json.loads(content)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 yield line, _malformed(error)
 
 
-def _array_values(text: str, path: str) -> Iterator[tuple[int, object]]:
+def _array_values(text: str) -> Iterator[tuple[int, object]]:
     """The elements of one JSON array with the line that each begins on; ends at the first malformed one."""
     decoder = json.JSONDecoder()
     position = _skip(text, text.index("[") + 1)
@@ -85,8 +88,9 @@ def _array_values(text: str, path: str) -> Iterator[tuple[int, object]]:
         line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            yield line + text.count("\n", counted, error.pos), _malformed(error)
+        except (ValueError, RecursionError) as error:
+            place = error.pos if isinstance(error, json.JSONDecodeError) else position
+            yield line + text.count("\n", counted, place), _malformed(error)
             return
         yield line, value
         position = _skip(text, position)
@@ -94,6 +98,9 @@ def _array_values(text: str, path: str) -> Iterator[tuple[int, object]]:
             yield line + text.count("\n", counted, position), _Malformed("a comma or ] is missing after this row")
             return
         position = _skip(text, position + 1) if text[position] == "," else position
+    end = _skip(text, position + 1)
+    if end < len(text):
+        yield line + text.count("\n", counted, end), _Malformed("text follows the array's ]; one array a file")
 
 
 def _skip(text: str, position: int) -> int:

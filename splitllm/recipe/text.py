@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+"""What reading a text as YAML can raise: PyYAML lets errors of its own converters (a 13th month) through."""
+
 
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that notes repeated keys and keys that are not text instead of taking the last one silently."""
@@ -63,7 +66,7 @@ def read_mapping(path: str | Path) -> tuple[dict[str, Any] | None, list[str]]:
         return None, [f"{path}: cannot read the recipe: {error.strerror}"]
     try:
         value, complaints = _parse(text)
-    except yaml.YAMLError as error:
+    except _UNREADABLE as error:
         return None, [f"{path}{_place(error)}: not valid YAML: {_reason(error)}"]
     problems = [f"{path}:{line}: {complaint}" for line, complaint in complaints]
     if value is None and not problems:
@@ -102,7 +105,7 @@ def _apply(raw: dict[str, Any], override: str) -> str | None:
         return f"{name}: no value; write {path.strip()}=VALUE, or {path.strip()}=null for none"
     try:
         value, complaints = _parse(text)
-    except yaml.YAMLError as error:
+    except _UNREADABLE as error:
         return f"{name}: the value is not valid YAML: {_reason(error)}"
     if complaints:
         return f"{name}: {complaints[0][1]}"
@@ -126,12 +129,14 @@ def _parse(text: str) -> tuple[Any, list[tuple[int, str]]]:
         loader.dispose()
 
 
-def _place(error: yaml.YAMLError) -> str:
+def _place(error: Exception) -> str:
     mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
     return f":{mark.line + 1}" if mark is not None else ""
 
 
-def _reason(error: yaml.YAMLError) -> str:
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem:
         return error.problem
     return " ".join(str(error).split())

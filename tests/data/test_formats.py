@@ -210,6 +210,18 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(make_tokenizer):
     assert message.startswith("x.jsonl:7: the tokenizer's chat template changes earlier text")
 
 
+@pytest.mark.parametrize("template", ["{{ messages + 1 }}", "{{ 1/0 }}"])
+def test_a_template_that_breaks_is_one_line(make_tokenizer, template):
+    message = refused(say("user:a", "assistant:b"), make_tokenizer(chat_template=template), format="chat")
+    assert message.startswith("x.jsonl:7: the tokenizer's chat template refuses it") and "\n" not in message
+
+
+def test_a_lone_surrogate_is_refused_with_its_place(words, words_chat):
+    assert "x.jsonl:7: field 'prompt' is not valid Unicode" in refused({"prompt": "\ud800", "completion": "a"}, words)
+    message = refused(say("user:\ud800", "assistant:b"), words_chat, format="chat")
+    assert message.startswith("x.jsonl:7: message 1 is not valid Unicode")
+
+
 # --- real tokenizers
 
 
