@@ -109,7 +109,7 @@ async def _step(run: Run) -> None:
         return
     recent = run.totals.since_logged()
     recipe = run.recipe.train
-    rate = recipe.optimizer.lr * schedule_of(recipe.schedule, recipe.steps)(run.step - 1)
+    rate = recipe.optimizer.lr * run.roles.clients[0].schedule(run.step - 1)
     run.metrics.log(
         "train", step=run.step, loss=loss / labels, **recent, lr=rate, grad_norm=reports[0].norm, clients=_clients(run)
     )

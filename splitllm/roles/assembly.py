@@ -53,6 +53,11 @@ class Roles:
             tensors.update(next(iter(replicas.values())).trainable.state())
         return tensors
 
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """The adapter of the whole model, by the names that an adapter file has."""
+        prefix = "adapter/"
+        return {name.removeprefix(prefix): t for name, t in self.state().items() if name.startswith(prefix)}
+
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put a state on every role."""
         for replicas in self.workers.values():

@@ -153,9 +153,7 @@ def finish(run: Run) -> dict[str, Any]:
     adapter = run.directory / "adapter"
     memory = _peak_memory(run)
     if run.world.rank == 0:
-        tensors = {
-            name.removeprefix("adapter/"): t for name, t in run.roles.state().items() if name.startswith("adapter/")
-        }
+        tensors = run.roles.adapter()
         modules = names_in_unsplit(base_folder(run.recipe, run.directory), run.plan.modules, run.recipe.model.revision)
         save_adapter(adapter, rename_tensors(tensors, modules), _adapter_config(run, modules))
     run.world.wait()
@@ -169,7 +167,7 @@ def finish(run: Run) -> dict[str, Any]:
         "tokens_per_second": round(totals.tokens / max(totals.seconds, 1e-9), 1),
         "wire_bytes_up": totals.bytes_up,
         "wire_bytes_down": totals.bytes_down,
-        "trainable_parameters": _trainable(run),
+        "trainable_parameters": sum(tensor.numel() for tensor in run.roles.adapter().values()),
         **memory,
         "leaves_the_device": what_leaves_the_device(run.recipe),
         "versions": {name: version(name) for name in PACKAGES},
@@ -187,9 +185,7 @@ def _adapter_config(run: Run, modules: Mapping[str, str]) -> Any:
     The targets are as the recipe names them, or every module by its full name where those would match more.
     """
     plan, recipe = run.plan, run.recipe
-    targets = target_modules(
-        plan.config, list(recipe.lora.targets) if isinstance(recipe.lora.targets, tuple) else recipe.lora.targets
-    )
+    targets = target_modules(plan.config, recipe.lora.targets)
     as_named = plan.every_module_trains and targets != "all-linear" and all(a == b for a, b in modules.items())
     named = targets if as_named else sorted(modules.values())
     config = lora_config(plan.config, recipe.lora, named, base_folder(recipe, run.directory))
@@ -218,10 +214,6 @@ def _unsplit_losses(run: Run, adapter: Path) -> dict[str, float]:
             f"{run.totals.loss_after:.6f}: the adapter is not that of this base"
         )
     return {"unsplit_loss_before": before, "unsplit_loss_after": after}
-
-
-def _trainable(run: Run) -> int:
-    return sum(tensor.numel() for name, tensor in run.roles.state().items() if name.startswith("adapter/"))
 
 
 def _peak_memory(run: Run) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Run:
         directory: what is written goes here.
         roles: those of this process.
         metrics: writes on rank 0 only.
-        data: fingerprint of the rows.
+        data: fingerprint of the rows and of the base model.
         step: optimiser steps done.
         totals: sums over the run.
         crossed: traffic counted so far.

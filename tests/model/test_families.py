@@ -105,12 +105,16 @@ def test_settings_are_kept_and_admitted(case: str) -> None:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_supported_family_is_admitted_packed_too(family: str) -> None:
-    admit(CONFIGS[family](), packed=True)
+    verdict = proof._verdict.__wrapped__
+    config = CONFIGS[family]()
+    assert verdict(config.to_json_string(), type(config).from_dict, None, True) is None
+    admit(config, packed=True)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_both_kinds_of_attention_are_admitted(attention: str) -> None:
-    admit(CONFIGS["gemma3"](), attention)
+    config = CONFIGS["gemma3"]()
+    assert proof._verdict(config.to_json_string(), type(config).from_dict, attention, False) is None
 
 
 @pytest.mark.parametrize("family", ["granite", "cohere"])
