@@ -70,7 +70,7 @@ def save(folder: Path, state: TrainingState, keep: int) -> None:
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _flush(folder.parent)
+    flush(folder.parent)
     for old in [path for path in _folders(folder.parent) if _is_whole(path)][:-keep]:
         shutil.rmtree(old)
 
@@ -90,7 +90,7 @@ def _write(folder: Path, state: TrainingState) -> None:
     }
     (folder / "state.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     for path in (*folder.iterdir(), folder):
-        _flush(path)
+        flush(path)
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def _remedy(folders: list[Path]) -> str:
     return f"delete it to resume {before}"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the content of a file or folder on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

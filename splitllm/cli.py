@@ -116,6 +116,85 @@ def merge(
         typer.echo(f"merged model, in the base's own dtype: {output_dir}")
 
 
+RoleName = Annotated[str | None, typer.Option("--name", help="The role, such as edge-1.", show_default=False)]
+RoleDir = Annotated[Path, typer.Option("--output-dir", help="The folder of this role's journal.", show_default=False)]
+Listen = Annotated[
+    str | None, typer.Option("--listen", metavar="HOST:PORT", help="Where to listen, if not at wire.addresses.")
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Allow plain TCP beyond this machine.")]
+
+
+@app.command(
+    epilog=_examples(
+        "splitllm cloud recipes/quickstart.yaml 'wire.addresses={cloud: 127.0.0.1:7100}' --output-dir out/cloud",
+    )
+)
+def cloud(
+    recipe: RecipePath,
+    output_dir: RoleDir,
+    overrides: Overrides = None,
+    name: RoleName = None,
+    listen: Listen = None,
+    insecure: Insecure = False,
+) -> None:
+    """Serve the top tier of a deployment; what the run leaves is written here."""
+    _role("top", recipe, overrides, name, output_dir, listen, insecure)
+
+
+@app.command(
+    epilog=_examples(
+        "splitllm edge recipes/deployment.yaml --name edge-0 --output-dir out/edge-0",
+    )
+)
+def edge(
+    recipe: RecipePath,
+    output_dir: RoleDir,
+    overrides: Overrides = None,
+    name: RoleName = None,
+    listen: Listen = None,
+    insecure: Insecure = False,
+) -> None:
+    """Serve one edge of a deployment."""
+    _role("middle", recipe, overrides, name, output_dir, listen, insecure)
+
+
+@app.command(
+    epilog=_examples(
+        "splitllm client recipes/deployment.yaml --name client-0 --output-dir out/client-0",
+    )
+)
+def client(
+    recipe: RecipePath,
+    output_dir: RoleDir,
+    overrides: Overrides = None,
+    name: RoleName = None,
+    insecure: Insecure = False,
+) -> None:
+    """Train one client's rows in a deployment."""
+    _role("bottom", recipe, overrides, name, output_dir, None, insecure)
+
+
+def _role(
+    place: str,
+    recipe: Path,
+    overrides: list[str] | None,
+    name: str | None,
+    output_dir: Path,
+    listen: str | None,
+    insecure: bool,
+) -> None:
+    with _errors_as_lines():
+        from splitllm.recipe import load_recipe, role_in_tier
+
+        wanted = load_recipe(recipe, overrides or ())
+        role = role_in_tier(wanted, place, name)
+        from splitllm.deployment.logs import log_to_stdout
+        from splitllm.deployment.run import run_role
+
+        log_to_stdout(role)
+        run_role(wanted, role, output_dir, listen=listen, insecure=insecure)
+
+
 @contextmanager
 def _errors_as_lines() -> Iterator[None]:
     """Turns expected errors into lines on stderr and an exit status; a defect keeps its traceback."""

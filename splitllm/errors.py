@@ -31,8 +31,16 @@ class CheckpointError(SplitLLMError, ValueError):
     """A model checkpoint, adapter or training checkpoint has missing, misshapen or foreign content."""
 
 
+class CertificateError(SplitLLMError, ValueError):
+    """A certificate or its key is missing, malformed, out of date, of another name or of another authority."""
+
+
 class PeerError(SplitLLMError, ValueError):
     """A message from another role breaks the protocol."""
+
+
+class RejoinError(PeerError):
+    """The run went back to an earlier step, because a role was lost or came back: join again, and go on from there."""
 
 
 class DivergedError(SplitLLMError, ArithmeticError):

@@ -86,8 +86,13 @@ class _Problems:
         return None
 
 
-def prepare(recipe: Recipe) -> Plan:
+def prepare(recipe: Recipe, *, data: bool = True, client: int | None = None) -> Plan:
     """Check a recipe against its model, tokenizer and data.
+
+    Args:
+        recipe: what the user asks for.
+        data: whether this machine has any; a server has none, and its plan an empty corpus.
+        client: the only one whose rows are wanted.
 
     Raises:
         RecipeError: with every problem found.
@@ -106,10 +111,10 @@ def prepare(recipe: Recipe) -> Plan:
             problems.attempt(lambda: _start_fits(recipe, config, shapes))
     problems.lines += _process_problems(recipe)
     lost = config is None and recipe.model.tokenizer is None  # that the base cannot be read was said already
-    tokenizer = None if lost else problems.attempt(lambda: load_tokenizer(recipe))
+    tokenizer = None if lost or not data else problems.attempt(lambda: load_tokenizer(recipe))
     if tokenizer is not None and config is not None and layout is not None:
         problems.lines += _vocabulary_problems(tokenizer, config, recipe)
-    corpus = problems.attempt(lambda: _corpus(recipe, tokenizer))
+    corpus = problems.attempt(lambda: _corpus(recipe, tokenizer, client)) if data else Corpus((), (), ())
     if problems.lines or config is None or modules is None or corpus is None:
         raise RecipeError(problems.lines)
     trained = [name for name in modules if _tier_trains(recipe, config, name)]
@@ -257,7 +262,7 @@ def has_position_table(config: PreTrainedConfig) -> bool:
         return False
 
 
-def _corpus(recipe: Recipe, tokenizer: Any | None) -> Corpus | None:
+def _corpus(recipe: Recipe, tokenizer: Any | None, client: int | None) -> Corpus | None:
     """Every client's examples; without a tokenizer the files are read all the same, for what is wrong with them."""
     if tokenizer is None:
         for key, source in (("data.source", recipe.data.source), ("data.eval", recipe.data.eval)):
@@ -265,7 +270,8 @@ def _corpus(recipe: Recipe, tokenizer: Any | None) -> Corpus | None:
                 read_sources(source, key)
         return None
     clients = next(iter(recipe.split.tiers.values()))
-    return load_corpus(recipe.data, tokenizer, clients=clients, batch_size=recipe.train.batch_size, seed=recipe.seed)
+    batch_size, seed = recipe.train.batch_size, recipe.seed
+    return load_corpus(recipe.data, tokenizer, clients=clients, batch_size=batch_size, seed=seed, client=client)
 
 
 def _start_fits(recipe: Recipe, config: PreTrainedConfig, shapes: Shapes) -> None:

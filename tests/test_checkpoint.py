@@ -83,7 +83,7 @@ def test_nothing_is_there_under_its_name_before_all_of_it_is(tmp_path: Path, mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    monkeypatch.setattr(checkpoint, "flush", full)
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 1)
     assert newest(tmp_path) is None

@@ -25,6 +25,7 @@ from splitllm.recipe import (
     changed_keys,
     dump_recipe,
     load_recipe,
+    what_leaves_in_a_deployment,
     what_leaves_the_device,
 )
 
@@ -67,6 +68,8 @@ def test_defaults_are_the_documented_ones(file: Path) -> None:
     assert (recipe.train.optimizer.lr, recipe.train.optimizer.betas) == (2e-4, (0.9, 0.999))
     assert (recipe.train.steps, recipe.train.clip_norm, recipe.train.keep) == (200, 1.0, 2)
     assert (recipe.data.partition.by, recipe.data.max_length, recipe.data.eval_fraction) == ("iid", 512, 0.05)
+    assert (recipe.wire.addresses, recipe.wire.certificates) == ({}, None)
+    assert (recipe.wire.up, recipe.wire.down, recipe.wire.absent) == ("none", "none", "wait")
 
 
 def test_a_recipe_is_frozen(file: Path) -> None:
@@ -136,6 +139,29 @@ WRONG = [
     ("data.partition={by: iid, field: x}", "data.partition.field: by: iid does not use it; leave it out"),
     ("data.partition={by: dirichlet, field: x, alpha: 0}", "data.partition.alpha: 0 is not allowed; use a number abo"),
     ("data={source: hub:x, partition: {by: file}}", "data.partition.by: 'file' needs local files, not hub:x"),
+    ("split.tiers={a: 2, a-0: 1}", "two roles would be called a-0; give one of the tiers another name"),
+    ("data.partition={by: own, field: x}", "data.partition.field: by: own does not use it; leave it out"),
+    ("wire.addresses=null", "wire.addresses: None is not allowed; use a mapping of server roles to HOST:PORT"),
+    ("wire.addresses={cloud: null}", "wire.addresses.cloud: None is not allowed; use HOST:PORT, such as 10.0.0.2:7000"),
+    ("wire.addresses.cloud=7000", "wire.addresses.cloud: 7000 is not allowed; use HOST:PORT"),
+    ("wire.addresses.edge=h:1", "'edge' is not a server of split.tiers; use some of edge-0, edge-1, cloud"),
+    ("wire.addresses.edge-2=h:1", "wire.addresses: 'edge-2' is not a server of split.tiers; use some of"),
+    ("wire.addresses.client-0=h:1", "wire.addresses: 'client-0' is not a server of split.tiers; use some of"),
+    ("wire.addresses={edge-0: h:1, cloud: H:1}", "wire.addresses: edge-0 and cloud are both at H:1; give each its own"),
+    ("wire.certificates=3", "wire.certificates: 3 is not allowed; use text"),
+    ("wire.up=null", "wire.up: None is not allowed; use none, bf16, fp16, int8, int4 or topk:FRACTION with a fraction"),
+    ("wire.down=int2", "wire.down: 'int2' is not allowed; use none, bf16, fp16, int8, int4 or topk:FRACTION"),
+    ("wire.up=topk", "wire.up: 'topk' is not allowed"),
+    ("wire.up=topk:1.0", "wire.up: 'topk:1.0' is not allowed"),
+    ("wire.up=topk:0.0", "wire.up: 'topk:0.0' is not allowed"),
+    ("wire.up=topk:1e-3", "wire.up: 'topk:1e-3' is not allowed"),
+    ("wire.up=topk:0.0000001", "wire.up: 'topk:0.0000001' is not allowed"),
+    ("wire.up={topk: 0.05}", "wire.up: {'topk': 0.05} is not allowed"),
+    ("wire.feedback_mib=-1", "wire.feedback_mib: -1 is not allowed; use a whole number of at least 0"),
+    ("wire.memory_mib=0", "wire.memory_mib: 0 is not allowed; use a whole number of at least 1"),
+    ("wire.absent=leave", "wire.absent: 'leave' is not allowed; use wait or drop"),
+    ("wire.drop_after=0", "wire.drop_after: 0 is not allowed; use a number above 0"),
+    ("wire.keepalive=.inf", "wire.keepalive: inf is not allowed; use a number above 0"),
     ("train.steps", "override 'train.steps': write it as key.path=value"),
     ("=3", "override '=3': write it as key.path=value"),
     ("train..steps=3", "override 'train..steps=3': write it as key.path=value"),
@@ -287,8 +313,51 @@ def test_what_leaves_the_device(file: Path) -> None:
     assert "stay" not in leaves
 
 
+def test_what_leaves_in_a_deployment_is_the_same_and_what_the_top_collects(file: Path) -> None:
+    def said(*overrides: str) -> str:
+        recipe = load_recipe(file, overrides)
+        line = what_leaves_in_a_deployment(recipe)
+        assert line.startswith(what_leaves_the_device(recipe)) and "\n" not in line
+        return line.removeprefix(what_leaves_the_device(recipe))
+
+    collected = "; the loss and the number of labels of each step and evaluation go up as well"
+    adapter = ", and at the end so does the adapter of the client: one adapter for the whole model comes out at the top"
+    assert said() == collected + adapter
+    assert said("split.labels=cloud") == collected + adapter
+    assert said("lora.tiers=[edge]") == collected
+    assert said("split.tiers={client: 2}", "split.cuts=[]") == ""
+
+
+def test_wrong_addresses_are_reported_beside_wrong_roles_and_codecs(file: Path) -> None:
+    overrides = ("wire.addresses={cloud: x, edge-0: 'y:0', nobody: h:1}", "wire.up=q", "wire.absent=1")
+    starts = [problem.split(": ")[0] for problem in problems_of(file, *overrides)]
+    assert starts == ["wire.addresses.cloud", "wire.addresses.edge-0", "wire.up", "wire.absent", "wire.addresses"]
+
+
+def test_one_tier_has_no_server_to_address(file: Path) -> None:
+    problem = problem_of(file, "split.tiers={client: 2}", "split.cuts=[]", "wire.addresses.client-0=h:1")
+    assert problem == "wire.addresses: 'client-0' is not a server of split.tiers; split.tiers has none; leave it out"
+
+
+@pytest.mark.parametrize(
+    ("tiers", "good"), [("{a: 2, a-1: 1}", False), ("{a: 2, a-2: 1}", True), ("{a-0: 1, a: 1}", True)]
+)
+def test_tiers_whose_roles_would_share_a_name_are_refused(file: Path, tiers: str, good: bool) -> None:
+    overrides = (f"split.tiers={tiers}", "split.cuts=[1]")
+    if good:
+        assert load_recipe(file, overrides).split.cuts == (1,)
+    else:
+        assert "two roles would be called a-1" in problem_of(file, *overrides)
+
+
+def test_names_of_very_many_roles_are_checked_without_making_them(file: Path) -> None:
+    many = ("split.tiers={c: 1000000000000, c-x-99: 1}", "split.cuts=[1]")
+    assert load_recipe(file, many).split.tiers["c"] == 10**12
+    assert "called c-99" in problem_of(file, many[0].replace("x-", ""), many[1])
+
+
 def as_yaml(value: object) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -308,12 +377,17 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "lora.dora": st.booleans(),
     "data.eval": st.none() | texts.map("x".__add__) | st.lists(texts.map("x".__add__), min_size=1, max_size=3),
     "data.fields": st.dictionaries(st.sampled_from(["prompt", "completion"]), texts),
-    "data.partition.by": st.sampled_from(["iid", "file"]),
+    "data.partition.by": st.sampled_from(["iid", "file", "own"]),
     "train.optimizer.lr": numbers,
     "train.optimizer.betas": st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=2),
     "train.clip_norm": st.none() | numbers,
     "train.mixed_precision": st.sampled_from([None, "no", "bf16"]),
     "train.trackers": st.sampled_from([[], ["tensorboard"]]),
+    "wire.addresses": st.dictionaries(
+        st.sampled_from(["edge-0", "edge-1", "cloud"]), st.integers(1, 65535).map("[::1]:{}".format)
+    ).filter(lambda addresses: len(set(addresses.values())) == len(addresses)),
+    "wire.up": st.sampled_from(["none", "bf16", "fp16", "int8", "int4", "topk:0.05", "topk:0.000001"]),
+    "wire.drop_after": numbers,
 }
 
 

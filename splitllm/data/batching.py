@@ -6,7 +6,7 @@ Shapes: B rows, S positions of the longest row, T = sum of the real lengths, N p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ class MicroBatch:
         positions_N: int64 indices into the T real tokens (row after row): the positions that predict.
         targets_N: int64, the token ids that they predict.
         position_ids_BS: int64, restarting at 0 with each document; None unless a row is packed.
+        rows: of a training micro-batch, the numbers of its B rows among the client's examples; else empty.
     """
 
     ids_BS: torch.Tensor
@@ -41,6 +42,7 @@ class MicroBatch:
     positions_N: torch.Tensor
     targets_N: torch.Tensor
     position_ids_BS: torch.Tensor | None = None
+    rows: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -121,7 +123,8 @@ class BatchStream:
         if cached != epoch:
             plan = self._batches_of(epoch)
             self._plan = (epoch, plan)
-        return collate([self._examples[i] for i in plan[slot].tolist()])
+        rows = plan[slot].tolist()
+        return replace(collate([self._examples[row] for row in rows]), rows=tuple(rows))
 
     def _batches_of(self, epoch: int) -> list[_Numbers]:
         """The rows of each micro-batch of an epoch: shuffle, sort by length inside windows, cut, shuffle the cuts."""

@@ -13,7 +13,7 @@ import numpy as np
 from splitllm.data.examples import Example
 from splitllm.data.formats import to_examples
 from splitllm.data.packing import pack
-from splitllm.data.partition import field_values, partition
+from splitllm.data.partition import check_owner, field_values, partition
 from splitllm.data.rows import Row
 from splitllm.data.sources import Source, read_sources
 from splitllm.errors import DataError
@@ -54,10 +54,10 @@ class Corpus:
     """Every client's examples.
 
     Attributes:
-        train: a tuple a client, none empty.
+        train: a tuple a client, none empty (loaded for one client: the others').
         eval: a tuple a client: its own rows set aside or, where `data.eval` names rows, those dealt in turn (some may
             be empty where there are few).
-        shares: what each client trains on.
+        shares: what each client trains on (loaded for one client: that client only).
         dropped: rows left out because nothing in them is learned.
         shortened: rows cut at `data.max_length`.
     """
@@ -69,8 +69,14 @@ class Corpus:
     shortened: int = 0
 
 
-def load_corpus(data: DataRecipe, tokenizer: Tokenizer, *, clients: int, batch_size: int, seed: int) -> Corpus:
+def load_corpus(
+    data: DataRecipe, tokenizer: Tokenizer, *, clients: int, batch_size: int, seed: int, client: int | None = None
+) -> Corpus:
     """Read, tokenise and deal out what the recipe names: the same for the same recipe, seed and files.
+
+    One client's examples are those it has in the whole corpus. Whoever has nothing to learn is known only once all rows
+    are tokenised, and both the deal and the rows set aside depend on it; so all are tokenised for one client as well.
+    Where rows are dealt by `own`, all that is read is that client's.
 
     Args:
         data: the recipe's `data` section.
@@ -78,35 +84,45 @@ def load_corpus(data: DataRecipe, tokenizer: Tokenizer, *, clients: int, batch_s
         clients: how many share the rows.
         batch_size: `train.batch_size`; clients with fewer examples are logged.
         seed: the recipe's.
+        client: load this client's examples only; None: every client's.
 
     Raises:
         DataError: a file is missing, malformed (file and line) or empty; nothing is left to learn or to evaluate; there
-            are more clients than examples, values or files.
+            are more clients than examples, values or files; several clients' `own` rows are asked for in one place.
     """
+    alone = data.partition.by == "own" and client is not None
+    sharing = 1 if alone else clients
+    check_owner(data.partition, sharing)
     rows, brought = _read(data)
     rows, examples, dropped, shortened = _usable(rows, data, tokenizer, "data.source")
-    dealt = partition(rows, data.partition, clients=clients, seed=seed)
+    dealt = partition(rows, data.partition, clients=sharing, seed=seed)
     if brought is None:
         dealt, kept_back = _hold_out(dealt, data.eval_fraction, seed)
         evaluation = [[examples[number] for number in part] for part in kept_back]
     else:
         _, held_out, eval_dropped, eval_shortened = _usable(brought, data, tokenizer, "data.eval")
-        evaluation = [held_out[client::clients] for client in range(clients)]
+        evaluation = [held_out[number::sharing] for number in range(sharing)]
         dropped, shortened = dropped + eval_dropped, shortened + eval_shortened
-    train = [[examples[number] for number in part] for part in dealt]
-    if data.pack:
-        train = [pack(part, data.max_length) for part in train]
-        evaluation = [pack(part, data.max_length) for part in evaluation]
+    parts = [(0 if alone else n) if client in (None, n) else None for n in range(clients)]
+    train = _finished([[examples[number] for number in part] for part in dealt], parts, data)
     groups = _groups(rows, dealt, data)
     corpus = Corpus(
-        train=tuple(tuple(part) for part in train),
-        eval=tuple(tuple(part) for part in evaluation),
-        shares=tuple(_share(client, part, groups[client]) for client, part in enumerate(train)),
+        train=train,
+        eval=_finished(evaluation, parts, data),
+        shares=tuple(_share(n, train[n], groups[part]) for n, part in enumerate(parts) if part is not None),
         dropped=dropped,
         shortened=shortened,
     )
     _log(corpus, batch_size, data.max_length)
     return corpus
+
+
+def _finished(
+    dealt: Sequence[Sequence[Example]], parts: Sequence[int | None], data: DataRecipe
+) -> tuple[tuple[Example, ...], ...]:
+    """Every client's part, packed where the recipe says so; nothing for a client whose number of a part is None."""
+    found = [dealt[part] if part is not None else () for part in parts]
+    return tuple(tuple(pack(part, data.max_length) if data.pack else part) for part in found)
 
 
 def _read(data: DataRecipe) -> tuple[list[Row], list[Row] | None]:

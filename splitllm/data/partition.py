@@ -26,7 +26,8 @@ def partition(rows: Sequence[Row], recipe: PartitionRecipe, *, clients: int, see
         rows: all training rows.
         recipe: `by` iid (sizes differ by at most one), dirichlet (each value of `field` is shared out in proportions
             drawn from a symmetric Dirichlet of `alpha`, Hsu et al. 2019, https://arxiv.org/abs/1909.06335), field (each
-            value goes whole to one client, sizes balanced) or file (the i-th file to the i-th client).
+            value goes whole to one client, sizes balanced), file (the i-th file to the i-th client) or own (all to
+            the one client there is).
         clients: how many, >= 1.
         seed: the recipe's.
 
@@ -34,8 +35,9 @@ def partition(rows: Sequence[Row], recipe: PartitionRecipe, *, clients: int, see
         Row numbers a client, rising; no client is without.
 
     Raises:
-        DataError: fewer rows, values or files than clients; a row without the field.
+        DataError: fewer rows, values or files than clients; a row without the field; several clients' own rows.
     """
+    check_owner(recipe, clients)
     if len(rows) < clients:
         raise DataError(
             f"split.tiers: {clients} clients share {len(rows)} usable training rows (data.source), and each needs "
@@ -44,12 +46,27 @@ def partition(rows: Sequence[Row], recipe: PartitionRecipe, *, clients: int, see
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, PARTITION_KEY))))
     if recipe.by == "iid":
         dealt = [part.tolist() for part in np.array_split(rng.permutation(len(rows)), clients)]
+    elif recipe.by == "own":
+        dealt = [list(range(len(rows)))]
     elif recipe.by == "file":
         dealt = _by_file(rows, clients)
     else:
         values = field_values(rows, recipe.field or "")
         dealt = _by_value(values, clients) if recipe.by == "field" else _dirichlet(values, clients, recipe.alpha, rng)
     return [sorted(part) for part in dealt]
+
+
+def check_owner(recipe: PartitionRecipe, clients: int) -> None:
+    """Rows that are a client's `own` cannot be dealt to several.
+
+    Raises:
+        DataError: they would be.
+    """
+    if recipe.by == "own" and clients > 1:
+        raise DataError(
+            "data.partition.by: own needs one `splitllm client` per device; here every client's rows are dealt from "
+            "data.source: use iid, dirichlet, field or file"
+        )
 
 
 def field_values(rows: Sequence[Row], field: str) -> list[str]:

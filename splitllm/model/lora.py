@@ -121,7 +121,18 @@ def add_lora(shard: Shard, lora: LoraRecipe, modules: Sequence[str], seed: int) 
 
 def adapter_parameters(shard: Shard) -> dict[str, nn.Parameter]:
     """The adapter's tensors in this shard by the names they have in a PEFT adapter file, in model order."""
-    named = shard.model.named_parameters()
+    return _adapter_of(shard.model)
+
+
+def adapter_shapes(config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str]) -> dict[str, torch.Size]:
+    """The shapes of the whole model's adapter tensors, by their names in an adapter file; nothing is allocated."""
+    model = meta_model(config, torch.float32)
+    inject_adapter_in_model(lora_config(config, lora, modules), model, ADAPTER, low_cpu_mem_usage=True)
+    return {name: parameter.shape for name, parameter in _adapter_of(model).items()}
+
+
+def _adapter_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    named = model.named_parameters()
     return {peft_name(name): parameter for name, parameter in named if f".{ADAPTER}" in name and ".lora_" in name}
 
 

@@ -103,14 +103,21 @@ class Trainable:
         return tensors
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set parameters and optimiser from `state()`, of this role or of another with the same tensors."""
+        """Set parameters and optimiser from `state()`, of this role or of another with the same tensors.
+
+        What a step under way has summed up is forgotten.
+        """
+        self._sum = None
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"adapter/{name}"])
+            parameter.grad = None
             keys = [key for key in tensors if key.endswith("/" + name) and not key.startswith("adapter/")]
-            if self._optimizer is not None and keys:
+            if self._optimizer is not None:
                 slots = {key.split("/", 1)[0]: tensors[key].clone() for key in keys}
                 moved = {k: v if k == "step" else v.to(parameter.device) for k, v in slots.items()}
-                self._optimizer.state[parameter] = moved
+                self._optimizer.state.pop(parameter, None)
+                if moved:
+                    self._optimizer.state[parameter] = moved
 
 
 def squared_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:

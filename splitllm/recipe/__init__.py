@@ -1,6 +1,15 @@
 """What the user asks for: the recipe, read from YAML with overrides. Loads no torch."""
 
-from splitllm.recipe.loading import changed_keys, dump_recipe, load_recipe, what_leaves_the_device
+from splitllm.recipe.addresses import host_and_port
+from splitllm.recipe.digest import fingerprint
+from splitllm.recipe.loading import (
+    changed_keys,
+    dump_recipe,
+    load_recipe,
+    what_leaves_in_a_deployment,
+    what_leaves_the_device,
+)
+from splitllm.recipe.roles import children_of, clients_below, parent_of, role_in_tier, role_names, tier_of
 from splitllm.recipe.schema import (
     DataRecipe,
     LoraRecipe,
@@ -11,6 +20,7 @@ from splitllm.recipe.schema import (
     ScheduleRecipe,
     SplitRecipe,
     TrainRecipe,
+    WireRecipe,
 )
 
 __all__ = [
@@ -23,8 +33,18 @@ __all__ = [
     "ScheduleRecipe",
     "SplitRecipe",
     "TrainRecipe",
+    "WireRecipe",
     "changed_keys",
+    "children_of",
+    "clients_below",
     "dump_recipe",
+    "fingerprint",
+    "host_and_port",
     "load_recipe",
+    "parent_of",
+    "role_in_tier",
+    "role_names",
+    "tier_of",
+    "what_leaves_in_a_deployment",
     "what_leaves_the_device",
 ]

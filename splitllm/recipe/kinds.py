@@ -9,8 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, Strict, WrapValidator
 from pydantic_core import PydanticCustomError
 
+from splitllm.recipe.addresses import host_and_port
+from splitllm.recipe.roles import shared_name
+
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 _TIER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_CODEC = re.compile(r"none|bf16|fp16|int8|int4|topk:0\.(?P<digits>[0-9]{1,6})")
 BUILTIN_SOURCES = ("builtin:stdlib-docstrings",)
 
 
@@ -49,6 +53,29 @@ def _known_source(source: str) -> str:
     return source
 
 
+def _address(value: str) -> str:
+    host_and_port(value)
+    return value
+
+
+def _codec(value: str) -> str:
+    found = _CODEC.fullmatch(value)
+    if found is None or (found["digits"] is not None and int(found["digits"]) == 0):
+        raise ValueError
+    return value
+
+
+def _mapping(text: str) -> BeforeValidator:
+    """Leaves the complaints about the entries of a mapping to their own kind; `text` is for what is no mapping."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise PydanticCustomError("allowed", "{allowed}", {"allowed": text})
+        return value
+
+    return BeforeValidator(check)
+
+
 def _tiers(value: Any) -> dict[str, int]:
     """Tiers bottom-up: 1 to 5 names, counts that never grow upwards, and one machine at the top of two or more."""
     reason = None
@@ -62,6 +89,8 @@ def _tiers(value: Any) -> dict[str, int]:
         reason = "counts must not grow upwards (tiers are listed bottom-up)"
     elif len(value) > 1 and list(value.values())[-1] != 1:
         reason = f"the top tier ({list(value)[-1]}) must be 1"
+    elif (name := shared_name(value)) is not None:
+        reason = f"two roles would be called {name}; give one of the tiers another name"
     if reason is not None:
         raise PydanticCustomError("reason", "{reason}", {"reason": reason})
     return dict(value)
@@ -102,6 +131,19 @@ Mapping = Annotated[
     dict[str, JsonValue], AfterValidator(_numbers), _allows("a mapping of config keys, such as {n_layer: 12}")
 ]
 Trackers = Annotated[tuple[Literal["tensorboard"], ...], _allows("a list, [] or [tensorboard]")]
+Address = Annotated[
+    Text,
+    AfterValidator(_address),
+    _allows("HOST:PORT, such as 10.0.0.2:7000, edge.example.org:7000 or '[2001:db8::1]:7000' (in quotes)"),
+]
+Addresses = Annotated[
+    dict[str, Address], _mapping("a mapping of server roles to HOST:PORT, such as {edge-0: 10.0.0.2:7000}")
+]
+Codec = Annotated[
+    Text,
+    AfterValidator(_codec),
+    _allows("none, bf16, fp16, int8, int4 or topk:FRACTION with a fraction between 0 and 1, such as topk:0.05"),
+]
 MixedPrecision = Annotated[
     Literal["no", "bf16"],
     BeforeValidator(lambda value: "no" if value is False else value),

@@ -47,8 +47,20 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """The keys in which two recipes differ, as `train.steps: 100 -> 200`, in the order of the recipe."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = (
+        {key: json.dumps(value, ensure_ascii=False) for key, value in leaves(recipe)} for recipe in (old, new)
+    )
     return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
+
+
+def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key below `section` with its value, as `train.steps` and 200, in the order of the recipe."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def what_leaves_the_device(recipe: Recipe) -> str:
@@ -68,6 +80,20 @@ def what_leaves_the_device(recipe: Recipe) -> str:
     leaving += ["loss gradients of the last hidden states", "the lengths and labelled positions of rows"]
     caveat = "token ids stay, but whoever knows the head can work out targets from those loss gradients"
     return f"{_listed(leaving)} leave the {name}; {caveat}"
+
+
+def what_leaves_in_a_deployment(recipe: Recipe) -> str:
+    """The same line for roles on several machines, where the top also collects metrics and the adapter."""
+    line = what_leaves_the_device(recipe)
+    name, *above = recipe.split.tiers
+    if not above:
+        return line
+    line = f"{line}; the loss and the number of labels of each step and evaluation go up as well"
+    if recipe.lora.tiers is None or name in recipe.lora.tiers:
+        line += (
+            f", and at the end so does the adapter of the {name}: one adapter for the whole model comes out at the top"
+        )
+    return line
 
 
 def _refusal(problems: list[str]) -> RecipeError:
@@ -101,15 +127,6 @@ def _problems_behind(raw: dict[str, Any], error: ValidationError) -> list[str]:
     except ValidationError as behind:
         return explain(behind, Recipe)
     return []
-
-
-def _leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", json.dumps(value, ensure_ascii=False)
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validat
 from pydantic_core import PydanticCustomError
 
 from splitllm.recipe.kinds import (
+    Addresses,
     Betas,
+    Codec,
     Count,
     Cuts,
     Fields,
@@ -30,6 +32,7 @@ from splitllm.recipe.kinds import (
     Tiers,
     Trackers,
 )
+from splitllm.recipe.roles import find_role, known_roles
 
 
 class Section(BaseModel):
@@ -78,7 +81,7 @@ class LoraRecipe(Section):
 class PartitionRecipe(Section):
     """How rows are shared out among the clients."""
 
-    by: Literal["iid", "dirichlet", "field", "file"] = "iid"
+    by: Literal["iid", "dirichlet", "field", "file", "own"] = "iid"
     field: Text | None = None
     alpha: Positive | None = None
 
@@ -137,6 +140,20 @@ class TrainRecipe(Section):
     verify_adapter: Switch = False
 
 
+class WireRecipe(Section):
+    """Roles on several machines. Memory is in MiB, times are in seconds; `up` and `down` are codecs."""
+
+    addresses: Addresses = Field(default_factory=dict)
+    certificates: Text | None = None
+    up: Codec = "none"
+    down: Codec = "none"
+    feedback_mib: NonNegative = 256
+    memory_mib: Count = 1024
+    absent: Literal["wait", "drop"] = "wait"
+    drop_after: Positive = 30.0
+    keepalive: Positive = 10.0
+
+
 class Recipe(Section):
     """One run, completely. `load_recipe` reads it from a file; it can also be built in Python."""
 
@@ -146,6 +163,7 @@ class Recipe(Section):
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
     data: DataRecipe
     train: TrainRecipe = Field(default_factory=TrainRecipe)
+    wire: WireRecipe = Field(default_factory=WireRecipe)
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Recipe:
@@ -160,6 +178,7 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yields what is wrong between keys that are right by themselves: the keys involved and the complaint."""
     yield from _split_misfits(recipe.split, recipe.lora)
     yield from _data_misfits(recipe.data)
+    yield from _wire_misfits(recipe.wire, recipe.split)
     steps, schedule = recipe.train.steps, recipe.train.schedule
     if schedule.warmup_steps > steps:
         keys = ("train.schedule.warmup_steps", "train.steps")
@@ -182,7 +201,7 @@ def _split_misfits(split: SplitRecipe, lora: LoraRecipe) -> Iterator[tuple[tuple
 
 
 _FIELDS = {"prompt_completion": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
-_PARTITION_NEEDS = {"iid": (), "dirichlet": ("field", "alpha"), "field": ("field",), "file": ()}
+_PARTITION_NEEDS = {"iid": (), "dirichlet": ("field", "alpha"), "field": ("field",), "file": (), "own": ()}
 
 
 def _data_misfits(data: DataRecipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -206,6 +225,18 @@ def _data_misfits(data: DataRecipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if by == "file" and any(source.startswith(("builtin:", "hub:")) for source in sources):
         keys = ("data.partition.by", "data.source")
         yield keys, f"{keys[0]}: 'file' needs local files, not {sources[0]}; use iid, dirichlet or field"
+
+
+def _wire_misfits(wire: WireRecipe, split: SplitRecipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    keys = ("wire.addresses", "split.tiers")
+    servers = dict(list(split.tiers.items())[1:])
+    taken: dict[str, str] = {}
+    for name, address in wire.addresses.items():
+        if find_role(servers, name) is None:
+            advice = f"use some of {known_roles(servers)}" if servers else "split.tiers has none; leave it out"
+            yield keys, f"wire.addresses: {name!r} is not a server of split.tiers; {advice}"
+        elif (other := taken.setdefault(address.lower(), name)) != name:
+            yield keys, f"wire.addresses: {other} and {name} are both at {address}; give each its own"
 
 
 def _covered(key: str, broken: frozenset[str]) -> bool:

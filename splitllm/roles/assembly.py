@@ -20,10 +20,13 @@ from splitllm.model.shard import Shard
 from splitllm.model.trainable import Trainable
 from splitllm.recipe import Recipe, ScheduleRecipe
 from splitllm.roles.client import Client
-from splitllm.roles.server import Counts, LossWeights, Server, Top
+from splitllm.roles.server import Counts, LossWeights, Server, StepSums, Top, unobserved
 from splitllm.roles.worker import Autocast, Worker
+from splitllm.wire.codecs import codec
+from splitllm.wire.coding import Coding
 from splitllm.wire.link import LocalLink, Traffic
 
+MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -120,15 +123,15 @@ class Assembly:
         tiers = len(self.tiers)
         if tiers == 1:
             here = _share(self.counts[0], self.site)
-            top = self._server("coordinator", [self._role(0, index) for index in here], None, self._top())
+            top = self._server("coordinator", [self._role(0, index) for index in here], None, self.top())
             self._clients(here, dict.fromkeys(here, top))
             return self.roles
         below = _share(self.counts[-2], self.site)
         top = self._server(
             self._role(tiers - 1, 0),
             [self._role(tiers - 2, index) for index in below],
-            self._worker(tiers - 1, 0),
-            self._top(),
+            self.worker(tiers - 1, 0),
+            self.top(),
             replicas=self.site.size,
         )
         parents = dict.fromkeys(below, top)
@@ -145,7 +148,7 @@ class Assembly:
             server = self._server(
                 self._role(tier, index),
                 [self._role(tier - 1, child) for child in children],
-                self._worker(tier, index),
+                self.worker(tier, index),
                 self._link(tier, parent),
                 replicas=self.counts[tier],
             )
@@ -172,7 +175,7 @@ class Assembly:
             client = Client(
                 self._role(0, index),
                 index,
-                self._worker(0, index),
+                self.worker(0, index),
                 self._link(0, parents[index]),
                 stream,
                 eval_batches(self.corpus.eval[index], train.batch_size),
@@ -181,10 +184,12 @@ class Assembly:
                 accumulate=train.accumulate,
                 in_flight=train.in_flight,
                 schedule=self.schedule,
+                name_rows=names_rows(self.recipe),
             )
             self.roles.clients.append(client)
 
-    def _worker(self, tier: int, index: int) -> Worker:
+    def worker(self, tier: int, index: int) -> Worker:
+        """One role's shard with its adapter; replicas of a tier share the frozen weights."""
         name = self.tiers[tier]
         shard = self.first[name].replica() if name in self.first else self._shard(tier)
         self.first.setdefault(name, shard)
@@ -221,13 +226,15 @@ class Assembly:
         for name, parameter in adapter_parameters(shard).items():
             parameter.data.copy_(tensors[name])
 
-    def _top(self) -> Top:
+    def top(self, observe: Callable[[int, StepSums], None] = unobserved) -> Top:
+        """What only the highest role decides."""
         weigh = tenant_weights if self.recipe.train.loss_weights == "tenant" else token_weights
         site = self.site
-        return Top(weigh, site.all_counts, site.all_sums, self.recipe.train.clip_norm)
+        return Top(weigh, site.all_counts, site.all_sums, self.recipe.train.clip_norm, observe)
 
     def _link(self, tier: int, parent: Server) -> LocalLink:
-        link = LocalLink(parent.handle, yields=self.recipe.train.in_flight > 1)
+        coding = (coding_of(self.recipe), coding_of(self.recipe))
+        link = LocalLink(parent.handle, yields=self.recipe.train.in_flight > 1, coding=coding)
         self.roles.links.setdefault(self.tiers[tier], []).append(link)
         return link
 
@@ -241,6 +248,17 @@ class Assembly:
 def _share(count: int, site: Site) -> list[int]:
     """Which of `count` replicas this process holds."""
     return [index for index in range(count) if index * site.size // count == site.rank]
+
+
+def coding_of(recipe: Recipe) -> Coding:
+    """The codecs of one end of a link."""
+    wire = recipe.wire
+    return Coding(wire.up, wire.down, wire.feedback_mib * MIB)
+
+
+def names_rows(recipe: Recipe) -> bool:
+    """Whether micro-batches say which rows they hold, for a codec that carries its error on."""
+    return any(codec(name).feedback for name in (recipe.wire.up, recipe.wire.down))
 
 
 def schedule_of(schedule: ScheduleRecipe, steps: int) -> Callable[[int], float]:

@@ -7,8 +7,8 @@ Shape suffixes: B rows, S padded length, T real tokens, N labelled positions, D 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ import torch
 from splitllm.data.batching import BatchStream, MicroBatch
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.trainable import squared_norms
+from splitllm.roles.device import Device, Inline
+from splitllm.roles.together import Crossed, expected, gathered, no_commit
 from splitllm.roles.worker import Pass, Worker
 from splitllm.wire.link import Link
-from splitllm.wire.message import Message
+from splitllm.wire.message import Kind, Message
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class StepReport:
     tokens: int
     norm: float = 0.0
 
+    def sums(self) -> list[float]:
+        """Loss, labels and tokens, as they travel."""
+        return [self.loss, self.labels, self.tokens]
+
 
 class Client:
     """Trains on its own rows.
@@ -53,6 +59,12 @@ class Client:
         accumulate: micro-batches a step.
         in_flight: micro-batches under way at once.
         schedule: step -> multiplier of the learning rate.
+        name_rows: tell which of its rows a micro-batch holds, for codecs that carry their error on.
+        device: where it computes.
+        commit: called with the number of steps done, once a step is applied and before anything else happens.
+
+    Attributes:
+        generation: the stretch of the run that its messages belong to.
     """
 
     def __init__(
@@ -69,10 +81,16 @@ class Client:
         accumulate: int,
         in_flight: int,
         schedule: Callable[[int], float],
+        name_rows: bool = False,
+        device: Device | None = None,
+        commit: Callable[[int], None] = no_commit,
     ) -> None:
         self.name, self.index, self.worker, self.uplink = name, index, worker, uplink
         self.stream, self.evaluation, self.whole, self.replicas = stream, evaluation, whole, replicas
         self.accumulate, self.in_flight, self.schedule = accumulate, in_flight, schedule
+        self.name_rows = name_rows
+        self.device, self.commit, self.generation = device or Inline(), commit, 0
+        self._crossed = Crossed(uplink.traffic)
 
     async def step(self, step: int) -> StepReport:
         """One step: open, run the micro-batches, close."""
@@ -85,56 +103,76 @@ class Client:
             async with room:
                 return await self._train(micro_batch, batch, weight)
 
-        losses = await asyncio.gather(*(run(*pair) for pair in zip(ids, batches, strict=True)))
-        norm = await self._close(ids[0])
-        return StepReport(sum(losses), sum(b.labels for b in batches), sum(b.tokens for b in batches), norm)
+        losses = await gathered(run(*pair) for pair in zip(ids, batches, strict=True))
+        report = StepReport(sum(losses), sum(b.labels for b in batches), sum(b.tokens for b in batches))
+        return replace(report, norm=await self._close(ids[0], report))
 
     async def evaluate(self) -> StepReport:
         """Loss over the held-out rows: no dropout, no gradient."""
         losses = []
         for index, batch in enumerate(self.evaluation):
             losses.append(await self._evaluate(MicroBatchId(-1, self.index, index), batch))
+        self._crossed.since_asked()  # what an evaluation sends is not training traffic
         return StepReport(sum(losses), sum(b.labels for b in self.evaluation), sum(b.tokens for b in self.evaluation))
+
+    def message(
+        self,
+        kind: Kind,
+        micro_batch: tuple[int, int, int],
+        header: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> Message:
+        """A request of this client in the generation that it is in."""
+        return Message(kind, self.name, micro_batch, header or {}, tensors or {}, self.generation)
 
     async def _open(self, ids: Sequence[MicroBatchId], labels: list[int]) -> float:
         """Announce the step's label counts; learn what one nat of this client's loss weighs."""
         self.worker.trainable.expect(ids)
-        reply = await self.uplink.request(Message("open", self.name, ids[0], {"labels": {self.index: labels}}))
+        reply = await self.uplink.request(self.message("open", ids[0], {"labels": {self.index: labels}}))
         return float({int(client): weight for client, weight in reply.header["weights"].items()}[self.index])
 
     async def _train(self, micro_batch: MicroBatchId, batch: MicroBatch, weight: float) -> float:
-        run = self._forward(micro_batch, batch, train=True)
         if self.whole:
-            rows_ND = run.output_TD.index_select(0, batch.positions_N.to(self.worker.device))
-            weighted, loss = self._head_loss(rows_ND, batch, weight)
-            self.worker.backward(run, torch.ones_like(weighted), weighted)
-            return float(loss)
+            return await self.device.run(lambda: self._train_whole(micro_batch, batch, weight))
+        run = await self.device.run(lambda: self._forward(micro_batch, batch, train=True))
         reply = await self.uplink.request(self._question(run, batch, train=True))
         if self.worker.shard.head is None:
             loss_value = float(reply.header["loss"])
         else:
-            loss_value, gradient_ND = self._loss_gradient(reply.tensors["rows_ND"], batch, weight)
-            reply = await self.uplink.request(
-                Message("backward", self.name, micro_batch, tensors={"gradient_ND": gradient_ND})
+            rows_ND = expected(reply, "rows_ND", (batch.labels, run.output_TD.shape[1]))
+            loss_value, gradient_ND = await self.device.run(
+                lambda: self._loss_gradient(rows_ND, batch, weight), urgent=True
             )
+            reply = await self.uplink.request(self.message("backward", micro_batch, {}, {"gradient_ND": gradient_ND}))
         if run.output_TD.requires_grad:
-            self.worker.backward(run, reply.tensors["gradient_TD"])
+            gradient_TD = expected(reply, "gradient_TD", tuple(run.output_TD.shape))
+            await self.device.run(lambda: self.worker.backward(run, gradient_TD), urgent=True)
         return loss_value
 
+    def _train_whole(self, micro_batch: MicroBatchId, batch: MicroBatch, weight: float) -> float:
+        run = self._forward(micro_batch, batch, train=True)
+        weighted, loss = self._head_loss(self._labelled(run, batch), batch, weight)
+        self.worker.backward(run, torch.ones_like(weighted), weighted)
+        return float(loss)
+
     async def _evaluate(self, micro_batch: MicroBatchId, batch: MicroBatch) -> float:
-        run = self._forward(micro_batch, batch, train=False)
+        run = await self.device.run(lambda: self._forward(micro_batch, batch, train=False))
         if self.whole:
-            rows_ND = run.output_TD.index_select(0, batch.positions_N.to(self.worker.device))
-            return float(self._head_loss(rows_ND, batch)[1])
-        reply = await self.uplink.request(self._question(run, batch, train=False))
-        if self.worker.shard.head is None:
-            return float(reply.header["loss"])
-        return float(self._head_loss(reply.tensors["rows_ND"], batch)[1])
+            rows_ND = self._labelled(run, batch)
+        else:
+            reply = await self.uplink.request(self._question(run, batch, train=False))
+            if self.worker.shard.head is None:
+                return float(reply.header["loss"])
+            rows_ND = expected(reply, "rows_ND", (batch.labels, run.output_TD.shape[1]))
+        return await self.device.run(lambda: float(self._head_loss(rows_ND, batch)[1]))
 
     def _forward(self, micro_batch: MicroBatchId, batch: MicroBatch, *, train: bool) -> Pass:
         return self.worker.forward(
             micro_batch, batch.ids_BS, batch.lengths, batch.position_ids_BS, train=train, input_gradient=False
         )
+
+    def _labelled(self, run: Pass, batch: MicroBatch) -> torch.Tensor:
+        return run.output_TD.index_select(0, batch.positions_N.to(self.worker.device))
 
     def _question(self, run: Pass, batch: MicroBatch, *, train: bool) -> Message:
         """What goes up: activations, lengths, labelled positions; targets only where the recipe lets them leave."""
@@ -143,12 +181,14 @@ class Client:
             "train": train,
             "input_gradient": run.output_TD.requires_grad,
         }
+        if self.name_rows and train:
+            header["rows"] = list(batch.rows)
         tensors = {"hidden_TD": run.output_TD.detach(), "positions_N": batch.positions_N.int()}
         if batch.position_ids_BS is not None:
             tensors["position_ids_BS"] = batch.position_ids_BS.int()
         if self.worker.shard.head is None:
             tensors["targets_N"] = batch.targets_N.int()
-        return Message("forward", self.name, run.micro_batch, header, tensors)
+        return self.message("forward", run.micro_batch, header, tensors)
 
     def _head_loss(
         self, rows_ND: torch.Tensor, batch: MicroBatch, weight: float = 1.0
@@ -165,12 +205,22 @@ class Client:
         (gradient_ND,) = torch.autograd.grad(weighted, rows_ND)
         return float(loss), gradient_ND
 
-    async def _close(self, first: MicroBatchId) -> float:
+    async def _close(self, first: MicroBatchId, report: StepReport) -> float:
         """Hand in norms, or gradients where other clients hold the same adapter; then step."""
         own = self.worker.trainable.gradients()
         shared = self.replicas > 1
-        header = {"norms": {} if shared else squared_norms(own)}
-        reply = await self.uplink.request(Message("close", self.name, first, header, own if shared else {}))
+        header = {
+            "norms": {} if shared else squared_norms(own),
+            "losses": {self.index: report.sums()},
+            "bytes": {self.name: self._crossed.since_asked()},
+        }
+        reply = await self.uplink.request(self.message("close", first, header, own if shared else {}))
         gradients = reply.tensors if shared else own
-        self.worker.trainable.apply(gradients, float(reply.header["factor"]), self.schedule(first.step))
+        factor, rate = float(reply.header["factor"]), self.schedule(first.step)
+
+        def apply() -> None:
+            self.worker.trainable.apply(gradients, factor, rate)
+            self.commit(first.step + 1)
+
+        await self.device.run(apply)
         return float(reply.header["norm"])

@@ -7,20 +7,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from splitllm.errors import DivergedError, PeerError
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.trainable import Tensors, clip_factor, squared_norms
+from splitllm.roles.device import Device, Inline
 from splitllm.roles.meeting import Meeting
+from splitllm.roles.together import Crossed, add_into, expected, no_commit
 from splitllm.roles.worker import Pass, Worker
-from splitllm.wire.link import Link
-from splitllm.wire.message import Message
+from splitllm.wire.link import Link, Traffic
+from splitllm.wire.message import Kind, Message
 
 Counts = dict[int, list[int]]
 LossWeights = dict[int, float]
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What the children tell of a step when it closes.
+
+    Attributes:
+        losses: client -> summed loss, labels, tokens.
+        crossed: role -> bytes up and down over its link since the last step.
+        norm: total gradient norm.
+    """
+
+    losses: Mapping[int, Sequence[float]]
+    crossed: Mapping[str, Sequence[int]]
+    norm: float
+
+
+def unobserved(_step: int, _sums: StepSums) -> None:
+    """For a top whose run is watched from outside."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +54,14 @@ class Top:
         all_counts: joins the counts of all processes.
         all_sums: adds tensors over all processes.
         clip_norm: the largest total gradient norm, or None.
+        observe: told of every step, before it is committed.
     """
 
     weigh: Callable[[Counts], LossWeights]
     all_counts: Callable[[Counts], Counts]
     all_sums: Callable[[Tensors], Tensors]
     clip_norm: float | None
+    observe: Callable[[int, StepSums], None] = unobserved
 
 
 class Server:
@@ -51,6 +75,11 @@ class Server:
         top: what the highest role decides; None below the top.
         replicas: how many roles hold the same adapter as this one.
         schedule: step -> multiplier of the learning rate.
+        device: where it computes.
+        commit: called with the number of steps done, once a step is applied and before anybody is told.
+
+    Attributes:
+        generation: the stretch of the run that its messages belong to.
     """
 
     def __init__(
@@ -63,14 +92,24 @@ class Server:
         top: Top | None = None,
         replicas: int = 1,
         schedule: Callable[[int], float],
+        device: Device | None = None,
+        commit: Callable[[int], None] = no_commit,
     ) -> None:
         assert (uplink is None) != (top is None), "a server has a role above it or is the top"
         self.name, self.worker, self.uplink, self.top = name, worker, uplink, top
         self.replicas, self.schedule = replicas, schedule
-        self._opening = Meeting(children, self._open)
-        self._closing = Meeting(children, self._close)
+        self.device, self.commit = device or Inline(), commit
+        self.crossed = Crossed(uplink.traffic if uplink is not None else Traffic())
+        self.begin(children, 0)
+
+    def begin(self, children: Sequence[str], generation: int) -> None:
+        """Start afresh with these children: whatever was under way is forgotten."""
+        self.generation = generation
+        self._opening, self._closing = Meeting(children, self._open), Meeting(children, self._close)
         self._weights: LossWeights = {}
-        self._waiting: dict[MicroBatchId, tuple[Pass, torch.Tensor]] = {}
+        self._waiting: dict[MicroBatchId, tuple[Pass, torch.Tensor, int]] = {}
+        self._due: dict[MicroBatchId, str] = {}
+        self._begun: set[MicroBatchId] = set()
 
     async def handle(self, message: Message) -> Message:
         """Answer one request.
@@ -81,95 +120,143 @@ class Server:
         if message.kind == "open":
             return await self._opening.join(message)
         if message.kind == "close":
+            self._check_done(message)
             return await self._closing.join(message)
         if message.kind == "forward":
             return await self._forward(message)
-        return await self._backward(message)
+        if message.kind == "backward":
+            return await self._backward(message)
+        raise PeerError(f"{message.sender} sent {message.kind}, which {self.name} does not answer")
+
+    def message(
+        self,
+        kind: Kind,
+        micro_batch: tuple[int, int, int],
+        header: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> Message:
+        """A request or reply of this server in the generation that it is in."""
+        return Message(kind, self.name, micro_batch, header or {}, tensors or {}, self.generation)
 
     # A step opens: label counts go up, loss weights come down.
 
     async def _open(self, messages: list[Message]) -> Callable[[Message], Message]:
         counts: Counts = {}
+        step, due = messages[0].step, dict[MicroBatchId, str]()
         for message in messages:
-            counts.update({int(client): list(labels) for client, labels in message.header["labels"].items()})
-        step = messages[0].step
-        if self.worker is not None:
-            self.worker.trainable.expect(
-                [MicroBatchId(step, client, index) for client, labels in counts.items() for index in range(len(labels))]
-            )
+            own = {int(client): list(labels) for client, labels in message.header["labels"].items()}
+            ids = [MicroBatchId(step, client, index) for client, labels in own.items() for index in range(len(labels))]
+            due.update(dict.fromkeys(ids, message.sender))
+            counts.update(own)
         self._weights = await self._loss_weights(messages[0], counts)
+        if self.worker is not None:
+            self.worker.trainable.expect(list(due))
+            self._due, self._begun = due, set()
         header = {"weights": self._weights}
-        return lambda message: Message("open", self.name, message.micro_batch, header)
+        return lambda message: self.message("open", message.micro_batch, header)
 
     async def _loss_weights(self, message: Message, counts: Counts) -> LossWeights:
         if self.top is not None:
             return self.top.weigh(self.top.all_counts(counts))
         assert self.uplink is not None
-        reply = await self.uplink.request(Message("open", self.name, message.micro_batch, {"labels": counts}))
+        reply = await self.uplink.request(self.message("open", message.micro_batch, {"labels": counts}))
         return {int(client): float(weight) for client, weight in reply.header["weights"].items()}
 
     # A micro-batch runs: one request where the cloud has the labels, two where the client keeps them.
 
     async def _forward(self, message: Message) -> Message:
-        worker = self._need_worker()
+        micro_batch = self._check_due(message)
+        if "targets_N" not in message.tensors:
+            return await self._rows(message)
+        gradient_TD, loss = await (self._loss(message) if self.uplink is None else self._loss_above(message))
+        self._due.pop(micro_batch, None)
+        tensors = {} if gradient_TD is None else {"gradient_TD": gradient_TD}
+        return self.message("forward", message.micro_batch, {"loss": loss}, tensors)
+
+    def _check_due(self, message: Message) -> MicroBatchId:
+        """A training micro-batch was announced when the step opened, and comes once."""
         micro_batch = MicroBatchId(*message.micro_batch)
-        train, wanted = bool(message.header["train"]), bool(message.header["input_gradient"])
-        run = worker.forward(
-            micro_batch,
+        if message.header["train"]:
+            if self._due.get(micro_batch) != message.sender or micro_batch in self._begun:
+                raise PeerError(f"{message.sender} sent {micro_batch}, which is not due, or for the second time")
+            self._begun.add(micro_batch)
+        return micro_batch
+
+    def _check_done(self, message: Message) -> None:
+        missing = [micro_batch for micro_batch, child in self._due.items() if child == message.sender]
+        if missing:
+            raise PeerError(f"{message.sender} closes step {message.step}, but {missing[0]} has no gradient yet")
+
+    def _pass(self, message: Message) -> Pass:
+        return self._need_worker().forward(
+            MicroBatchId(*message.micro_batch),
             message.tensors["hidden_TD"],
             message.header["lengths"],
             message.tensors.get("position_ids_BS"),
-            train=train,
-            input_gradient=wanted,
+            train=bool(message.header["train"]),
+            input_gradient=bool(message.header["input_gradient"]),
         )
-        if "targets_N" not in message.tensors:
-            return await self._rows(message, run, train)
-        gradient_TD, loss = await self._loss(message, run, train)
-        tensors = {} if gradient_TD is None else {"gradient_TD": gradient_TD}
-        return Message("forward", self.name, message.micro_batch, {"loss": loss}, tensors)
 
-    async def _loss(self, message: Message, run: Pass, train: bool) -> tuple[torch.Tensor | None, float]:
-        """Summed loss of the micro-batch, and the gradient of this shard's input where it was asked for."""
-        worker = self._need_worker()
-        if self.uplink is None:
-            head = worker.shard.head
-            assert head is not None
+    async def _loss(self, message: Message) -> tuple[torch.Tensor | None, float]:
+        """At the top: forward, loss and backward at once."""
+        worker, train = self._need_worker(), bool(message.header["train"])
+        head = worker.shard.head
+        assert head is not None
+        weight = self._weights[message.micro_batch[1]] if train else 1.0
+
+        def job() -> tuple[torch.Tensor | None, float]:
+            run = self._pass(message)
             rows_ND, targets_N = self._labelled(run.output_TD, message), message.tensors["targets_N"]
-            weight = self._weights[run.micro_batch.client] if train else 1.0
             with torch.set_grad_enabled(rows_ND.requires_grad), worker.autocast():
                 weighted, loss = head.loss(rows_ND, targets_N.to(worker.device).long(), weight)
             gradient = worker.backward(run, torch.ones_like(weighted), weighted) if train else None
             return gradient, float(loss)
-        reply = await self.uplink.request(self._onward(message, run))
-        gradient = worker.backward(run, reply.tensors["gradient_TD"]) if run.output_TD.requires_grad else None
-        return gradient, float(reply.header["loss"])
 
-    async def _rows(self, message: Message, run: Pass, train: bool) -> Message:
+        return await self.device.run(job)
+
+    async def _loss_above(self, message: Message) -> tuple[torch.Tensor | None, float]:
+        """Below the top: forward, the question upwards, and backward with its answer."""
+        assert self.uplink is not None
+        worker = self._need_worker()
+        run = await self.device.run(lambda: self._pass(message))
+        reply = await self.uplink.request(self._onward(message, run))
+        loss = float(reply.header["loss"])
+        if not run.output_TD.requires_grad:
+            return None, loss
+        gradient_TD = expected(reply, "gradient_TD", tuple(run.output_TD.shape))
+        return await self.device.run(lambda: worker.backward(run, gradient_TD), urgent=True), loss
+
+    async def _rows(self, message: Message) -> Message:
         """The labels stay with the client: send the last hidden states at the labelled positions back down."""
+        run = await self.device.run(lambda: self._pass(message))
+        output = run.output_TD
         if self.uplink is None:
             output = self._labelled(run.output_TD, message)
             rows_ND = output.detach()
         else:
-            output = run.output_TD
-            rows_ND = (await self.uplink.request(self._onward(message, run))).tensors["rows_ND"]
-        if train:
-            self._waiting[run.micro_batch] = (run, output)
-        return Message("forward", self.name, message.micro_batch, tensors={"rows_ND": rows_ND})
+            shape = (message.tensors["positions_N"].shape[0], run.output_TD.shape[1])
+            rows_ND = expected(await self.uplink.request(self._onward(message, run)), "rows_ND", shape)
+        if message.header["train"]:
+            self._waiting[run.micro_batch] = (run, output, message.tensors["positions_N"].shape[0])
+        return self.message("forward", message.micro_batch, {}, {"rows_ND": rows_ND})
 
     async def _backward(self, message: Message) -> Message:
         micro_batch = MicroBatchId(*message.micro_batch)
         if micro_batch not in self._waiting:
             raise PeerError(f"{message.sender} sent a gradient for {micro_batch}, which is not waiting for one")
-        run, output = self._waiting.pop(micro_batch)
-        gradient: torch.Tensor | None = message.tensors["gradient_ND"]
+        run, output, labels = self._waiting.pop(micro_batch)
+        gradient: torch.Tensor | None = expected(message, "gradient_ND", (labels, run.output_TD.shape[1]))
         if self.uplink is not None:
-            reply = await self.uplink.request(
-                Message("backward", self.name, message.micro_batch, tensors=message.tensors)
-            )
+            reply = await self.uplink.request(self.message("backward", message.micro_batch, {}, message.tensors))
             gradient = reply.tensors.get("gradient_TD")
-        below = None if gradient is None else self._need_worker().backward(run, gradient, output)
-        tensors = {} if below is None else {"gradient_TD": below}
-        return Message("backward", self.name, message.micro_batch, tensors=tensors)
+            if output.requires_grad:
+                gradient = expected(reply, "gradient_TD", tuple(output.shape))
+        below = None
+        if gradient is not None:
+            wanted, worker = gradient, self._need_worker()
+            below = await self.device.run(lambda: worker.backward(run, wanted, output), urgent=True)
+        self._due.pop(micro_batch, None)
+        return self.message("backward", message.micro_batch, {}, {} if below is None else {"gradient_TD": below})
 
     def _labelled(self, output_TD: torch.Tensor, message: Message) -> torch.Tensor:
         return output_TD.index_select(0, message.tensors["positions_N"].to(output_TD.device).long())
@@ -178,42 +265,54 @@ class Server:
         """The same question for the role above, about this shard's output."""
         header = {**message.header, "input_gradient": run.output_TD.requires_grad}
         tensors = {**message.tensors, "hidden_TD": run.output_TD.detach()}
-        return Message("forward", self.name, message.micro_batch, header, tensors)
+        return self.message("forward", message.micro_batch, header, tensors)
 
     # A step closes: norms and sums go up, the total norm, the sums and the commit come down.
 
     async def _close(self, messages: list[Message]) -> Callable[[Message], Message]:
         norms: dict[str, float] = {}
         sums: Tensors = {}
+        told = StepSums({}, {}, 0.0)
         for message in messages:
             norms.update(message.header["norms"])
             add_into(sums, message.tensors)
+            told = _with(told, message.header)
         own = self.worker.trainable.gradients() if self.worker is not None else {}
         (sums if self._shared() else norms).update(own if self._shared() else squared_norms(own))  # type: ignore[arg-type]
-        norm, factor, totals = await self._settle(messages[0], norms, sums)
-        if self.worker is not None:
-            gradients = {name: totals.get(name, own[name]) for name in own}
-            self.worker.trainable.apply(gradients, factor, self.schedule(messages[0].step))
+        norm, factor, totals = await self._settle(messages[0], norms, sums, told)
+        await self._apply(messages[0].step, {name: totals.get(name, own[name]) for name in own}, factor)
         header = {"norm": norm, "factor": factor}
 
         def reply(message: Message) -> Message:
-            tensors = {name: totals[name] for name in message.tensors}
-            return Message("close", self.name, message.micro_batch, header, tensors)
+            return self.message("close", message.micro_batch, header, {name: totals[name] for name in message.tensors})
 
         return reply
 
+    async def _apply(self, step: int, gradients: Tensors, factor: float) -> None:
+        """One optimiser step, and its commit."""
+
+        def job() -> None:
+            if self.worker is not None:
+                self.worker.trainable.apply(gradients, factor, self.schedule(step))
+            self.commit(step + 1)
+
+        await self.device.run(job)
+
     async def _settle(
-        self, message: Message, norms: dict[str, float], sums: Tensors
+        self, message: Message, norms: dict[str, float], sums: Tensors, told: StepSums
     ) -> tuple[float, float, Mapping[str, torch.Tensor]]:
         """Total norm, clipping factor and the sums over all replicas."""
         if self.top is None:
             assert self.uplink is not None
-            reply = await self.uplink.request(Message("close", self.name, message.micro_batch, {"norms": norms}, sums))
+            crossed = {**told.crossed, self.name: self.crossed.since_asked()}
+            header = {"norms": norms, "losses": told.losses, "bytes": crossed}
+            reply = await self.uplink.request(self.message("close", message.micro_batch, header, sums))
             return float(reply.header["norm"]), float(reply.header["factor"]), reply.tensors
         totals = self.top.all_sums(sums)
         norm = math.sqrt(math.fsum([*norms.values(), *squared_norms(totals).values()]))
         if not math.isfinite(norm):
             raise DivergedError(f"step {message.step + 1}: the gradient norm is {norm}; lower the learning rate")
+        self.top.observe(message.step, replace(told, norm=norm))
         return norm, clip_factor(norm, self.top.clip_norm), totals
 
     def _shared(self) -> bool:
@@ -226,7 +325,7 @@ class Server:
         return self.worker
 
 
-def add_into(sums: Tensors, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Add tensors to the sums by name, in the order of calls."""
-    for name, tensor in tensors.items():
-        sums[name] = sums[name] + tensor if name in sums else tensor
+def _with(told: StepSums, header: Mapping[str, Any]) -> StepSums:
+    """What was told, and what one child's header adds."""
+    losses = {int(client): sums for client, sums in header["losses"].items()}
+    return StepSums({**told.losses, **losses}, {**told.crossed, **header["bytes"]}, 0.0)

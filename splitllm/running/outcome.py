@@ -21,13 +21,15 @@ from splitllm.model.export import save_adapter, unsplit_model, whole_model_loss,
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import lora_config, target_modules
 from splitllm.model.naming import names_in_unsplit, rename_tensors
+from splitllm.preflight import Plan
 from splitllm.recipe import Recipe, changed_keys, dump_recipe, load_recipe, what_leaves_the_device
 from splitllm.roles.assembly import DTYPES
 from splitllm.running.base import BASE, BASE_UNFINISHED, base_folder, is_drawn
 from splitllm.running.state import Run, Totals
 
-HARMLESS = tuple(
-    f"train.{key}:" for key in ("keep", "log_every", "trackers", "checkpoint_every", "eval_every", "verify_adapter")
+HARMLESS = (
+    *(f"train.{key}:" for key in ("keep", "log_every", "trackers", "checkpoint_every", "eval_every", "verify_adapter")),
+    *(f"wire.{key}:" for key in ("addresses", "certificates", "memory_mib", "keepalive", "absent", "drop_after")),
 )
 PACKAGES = ("splitllm", "torch", "transformers", "peft", "accelerate", "datasets")
 MIB = 2**20
@@ -122,9 +124,14 @@ def save(run: Run) -> Path:
 def keep_recipe(run: Run) -> None:
     """Write the resolved recipe, whole or not at all; from then on the folder holds a run."""
     run.directory.mkdir(parents=True, exist_ok=True)
-    temporary = run.directory / f".{RECIPE}.writing"
-    temporary.write_text(dump_recipe(run.recipe), encoding="utf-8")
-    os.replace(temporary, run.directory / RECIPE)
+    replace_text(run.directory / RECIPE, dump_recipe(run.recipe))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def restore(run: Run, saved: checkpoint.TrainingState | None) -> None:
@@ -154,8 +161,13 @@ def finish(run: Run) -> dict[str, Any]:
     memory = _peak_memory(run)
     if run.world.rank == 0:
         tensors = run.roles.adapter()
-        modules = names_in_unsplit(base_folder(run.recipe, run.directory), run.plan.modules, run.recipe.model.revision)
-        save_adapter(adapter, rename_tensors(tensors, modules), _adapter_config(run, modules))
+        base = base_folder(run.recipe, run.directory)
+        modules = names_in_unsplit(base, run.plan.modules, run.recipe.model.revision)
+        save_adapter(
+            adapter,
+            rename_tensors(tensors, modules),
+            adapter_config(run.plan, base_folder(run.recipe, run.directory), modules),
+        )
     run.world.wait()
     totals = run.totals
     summary: dict[str, Any] = {
@@ -179,16 +191,15 @@ def finish(run: Run) -> dict[str, Any]:
     return summary
 
 
-def _adapter_config(run: Run, modules: Mapping[str, str]) -> Any:
+def adapter_config(plan: Plan, base: str, modules: Mapping[str, str]) -> Any:
     """PEFT's configuration on the unsplit base.
 
     The targets are as the recipe names them, or every module by its full name where those would match more.
     """
-    plan, recipe = run.plan, run.recipe
+    recipe = plan.recipe
     targets = target_modules(plan.config, recipe.lora.targets)
     as_named = plan.every_module_trains and targets != "all-linear" and all(a == b for a, b in modules.items())
-    named = targets if as_named else sorted(modules.values())
-    config = lora_config(plan.config, recipe.lora, named, base_folder(recipe, run.directory))
+    config = lora_config(plan.config, recipe.lora, targets if as_named else sorted(modules.values()), base)
     config.revision = recipe.model.revision
     return config
 

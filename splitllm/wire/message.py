@@ -4,21 +4,28 @@ Tensors hold real tokens only, never padding. Suffixes: T real tokens of a micro
 
 | kind | up | down |
 |---|---|---|
+| join | which steps every role below has in its journal | the step to go on from, the generation that begins |
+| share | the states that others lack | the same states, to those who lack them |
 | open | label counts of every micro-batch | loss weight of every client |
 | forward | hidden_TD, positions_N, and targets_N unless the labels stay | gradient_TD and loss, or rows_ND |
 | backward | gradient_ND (labels stay with the client) | gradient_TD |
-| close | squared norms, the replicas' summed gradients | total norm, the sums over all replicas |
+| close | squared norms, the replicas' summed gradients, losses | total norm, the sums over all replicas |
+| evaluated | held-out losses of every client | |
+| finish | the adapters of the tiers below | |
+
+Roles of one process need no `join`, `share`, `evaluated` and `finish`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-Kind = Literal["open", "forward", "backward", "close"]
+Kind = Literal["join", "share", "open", "forward", "backward", "close", "evaluated", "finish"]
+KINDS: tuple[str, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,10 @@ class Message:
     Attributes:
         kind: the question asked (table above); a reply has the kind of its request.
         sender: name of the role that sent it.
-        micro_batch: (step, client, index); for `open` and `close` only the step counts.
+        micro_batch: (step, client, index); for all but `forward` and `backward` only the step counts.
         header: plain values, as JSON can hold them.
         tensors: named tensors.
+        generation: the stretch of the run between two recoveries that it belongs to.
     """
 
     kind: Kind
@@ -38,6 +46,7 @@ class Message:
     micro_batch: tuple[int, int, int]
     header: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    generation: int = 0
 
     @property
     def step(self) -> int:

@@ -85,6 +85,17 @@ def test_take_does_not_depend_on_what_was_taken_before(seed, shuffler: random.Ra
         assert torch.equal(stream.take(index).ids_BS, fresh.ids_BS)
 
 
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 200))
+def test_a_training_batch_names_its_rows(lengths, batch_size, index):
+    batch = BatchStream(numbered(lengths), batch_size, 0, 0).take(index)
+    assert batch.rows == tuple(int(row[0]) for row in batch.ids_BS)
+    assert batch.lengths == tuple(lengths[row] for row in batch.rows)
+
+
+def test_an_evaluation_batch_names_no_rows():
+    assert [batch.rows for batch in eval_batches(numbered([3, 4, 5]), 2)] == [(), ()]
+
+
 def test_seed_client_and_epoch_each_change_the_order():
     examples = numbered([10] * 64)
     base = seen(BatchStream(examples, 4, 0, 0), 0)

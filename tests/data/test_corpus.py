@@ -5,12 +5,13 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from splitllm.data import Corpus, load_corpus
+from splitllm.data import Corpus, Example, load_corpus
 from splitllm.errors import DataError
 from splitllm.recipe import DataRecipe
 
@@ -33,8 +34,8 @@ def rows_of(count: int, **more: object) -> list[dict]:
     return [{"prompt": " ".join(WORDS[: k % 5 + 1]), "completion": WORDS[k % 5], **more} for k in range(count)]
 
 
-def load(tokenizer, *, clients: int = 2, seed: int = 0, **keys: object) -> Corpus:
-    return load_corpus(DataRecipe(**keys), tokenizer, clients=clients, batch_size=2, seed=seed)
+def load(tokenizer, *, clients: int = 2, seed: int = 0, client: int | None = None, **keys: object) -> Corpus:
+    return load_corpus(DataRecipe(**keys), tokenizer, clients=clients, batch_size=2, seed=seed, client=client)
 
 
 def refused(tokenizer, **keys: object) -> str:
@@ -115,6 +116,62 @@ def test_a_file_a_client(words):
     corpus = load(words, **keys)
     assert [[one.ids.tolist() for one in part] for part in corpus.train] == [[[5, 6]] * 3, [[3, 4]] * 2]
     assert "2 with usable rows for 3 clients" in refused(words, clients=3, **keys)
+
+
+PARTITIONS = [
+    pytest.param({"by": "iid"}, id="iid"),
+    pytest.param({"by": "dirichlet", "field": "kind", "alpha": 0.5}, id="dirichlet"),
+    pytest.param({"by": "field", "field": "kind"}, id="field"),
+    pytest.param({"by": "file"}, id="file"),
+]
+
+
+def identical(one: Sequence[Example], other: Sequence[Example]) -> bool:
+    first, second = ([(e.ids.tolist(), e.targets.tolist(), e.starts) for e in part] for part in (one, other))
+    return first == second
+
+
+def three_files() -> list[str]:
+    """Rows of several kinds and lengths; the second of each file has nothing to learn."""
+    rows = [{"text": " ".join(WORDS[k % 5] for k in range(n % 7 + 2)), "kind": f"k{n % 4}"} for n in range(30)]
+    return [write(f"{n}.jsonl", [rows[n], {"text": "a", "kind": "k0"}, *rows[n + 3 :: 3]]) for n in range(3)]
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("more", [{}, {"eval": "0.jsonl"}, {"pack": True}, {"limit": 25}], ids=str)
+def test_one_client_loads_what_it_has_in_the_whole_corpus(words, partition, more):
+    keys = {"source": three_files(), "format": "text", "max_length": 6, "eval_fraction": 0.3, "partition": partition}
+    whole = load(words, clients=3, **{**keys, **more})
+    for client in range(3):
+        alone = load(words, clients=3, client=client, **{**keys, **more})
+        for mine, everyones in ((alone.train, whole.train), (alone.eval, whole.eval)):
+            assert [len(part) for part in mine] == [len(everyones[client]) * (n == client) for n in range(3)]
+            assert identical(mine[client], everyones[client])
+        assert alone.shares == (whole.shares[client],)
+        assert (alone.dropped, alone.shortened) == (whole.dropped, whole.shortened)
+
+
+@pytest.mark.parametrize("more", [{}, {"eval": "e.jsonl"}, {"pack": True}], ids=str)
+def test_own_rows_are_the_loading_clients(words, more):
+    keys = {"source": three_files()[0], "format": "text", "max_length": 6, "eval_fraction": 0.3, **more}
+    write("e.jsonl", [{"text": "a b"}, {"text": "c d e"}])
+    only = load(words, clients=1, **keys)
+    for corpus, client in (
+        (load(words, clients=4, client=2, partition={"by": "own"}, **keys), 2),
+        (load(words, clients=1, client=0, partition={"by": "own"}, **keys), 0),
+        (load(words, clients=1, partition={"by": "own"}, **keys), 0),
+    ):
+        assert identical(corpus.train[client], only.train[0])
+        assert identical(corpus.eval[client], only.eval[0])
+        assert sum(map(len, (*corpus.train, *corpus.eval))) == len(only.train[0]) + len(only.eval[0])
+        assert [share.client for share in corpus.shares] == [f"client-{client}"]
+        assert corpus.shares[0].tokens == only.shares[0].tokens
+
+
+def test_own_rows_of_several_clients_are_refused_before_any_is_read(words):
+    message = refused(words, clients=2, source="no.jsonl", partition={"by": "own"})
+    assert message.startswith("data.partition.by: own needs one `splitllm client` per device")
+    assert "\n" not in message
 
 
 def test_the_builtin_source_by_group(words):

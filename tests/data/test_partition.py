@@ -16,6 +16,7 @@ BY = {
     "dirichlet": PartitionRecipe(by="dirichlet", field="kind", alpha=0.3),
     "field": PartitionRecipe(by="field", field="kind"),
     "file": PartitionRecipe(by="file"),
+    "own": PartitionRecipe(by="own"),
 }
 
 
@@ -85,7 +86,18 @@ def test_a_file_a_client():
     assert "has 3 with usable rows for 2 clients" in refused(rows, "file", 2)
 
 
-@pytest.mark.parametrize("by", BY)
+def test_own_rows_are_all_the_one_clients():
+    assert partition(rows_of(["a", "b", "c"]), BY["own"], clients=1, seed=0) == [[0, 1, 2]]
+
+
+def test_own_rows_cannot_be_dealt_to_several():
+    assert refused(rows_of(["a", "b", "c"]), "own", 2) == (
+        "data.partition.by: own needs one `splitllm client` per device; here every client's rows are dealt from "
+        "data.source: use iid, dirichlet, field or file"
+    )
+
+
+@pytest.mark.parametrize("by", ["iid", "dirichlet", "field", "file"])
 def test_more_clients_than_rows_is_refused_with_both_numbers(by):
     message = refused(rows_of(["a", "b", "c"]), by, 4)
     assert "4 clients" in message

@@ -1,0 +1,175 @@
+"""A client of a recipe as a process of its own, beside its text; reads from top to bottom."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from splitllm.data.batching import BatchStream, eval_batches
+from splitllm.deployment.station import Options, Past, Station, Stop, open_station
+from splitllm.errors import RejoinError, RunInterrupted
+from splitllm.recipe import Recipe, tier_of, what_leaves_in_a_deployment
+from splitllm.roles.assembly import names_rows
+from splitllm.roles.client import Client, StepReport
+from splitllm.roles.gate import Begun
+from splitllm.wire.uplink import RemoteLink
+
+logger = logging.getLogger(__name__)
+STOP_SECONDS = 10.0
+
+
+def attend(recipe: Recipe, options: Options) -> None:
+    """Train on this client's rows until the run is complete.
+
+    Args:
+        recipe: the run; the same for all its roles.
+        options: of this process.
+
+    Raises:
+        RecipeError: the recipe cannot run here.
+        PeerError: the server refuses this client.
+        RunInterrupted: SIGTERM or Ctrl-C; the same command goes on where the run is.
+    """
+    station = open_station(recipe, options, client=tier_of(recipe, options.name)[1])
+    asyncio.run(_attend(station))
+
+
+async def _attend(station: Station) -> None:
+    logger.info("leaves the device", extra={"fields": {"what": what_leaves_in_a_deployment(station.recipe)}})
+    stop = Stop()
+    uplink = station.uplink(lambda state: logger.info("uplink", extra={"fields": {"state": state}}))
+    work, asked = asyncio.create_task(_work(station, uplink, stop)), asyncio.create_task(stop.asked.wait())
+    try:
+        await asyncio.wait({work, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():  # let the step under way come to its end
+            await asyncio.wait({work}, timeout=STOP_SECONDS)
+        if not work.done():
+            raise RunInterrupted(_stopped(station))
+        work.result()
+    finally:
+        work.cancel()
+        asked.cancel()
+        await uplink.close(goodbye=work.done() and not work.cancelled() and work.exception() is None)
+    logger.info("complete")
+
+
+async def _work(station: Station, uplink: RemoteLink, stop: Stop) -> None:
+    told = await uplink.welcome()
+    start, end = _told_cut(told)
+    past = Past(station, station.worker((start, end)))
+    if past.journal.finished:
+        logger.info("the run was complete already")
+        return
+    logger.info("cut", extra={"fields": {"blocks": f"{start}..{end - 1}", "batch size": told["batch_size"]}})
+    member = Member(station, _client(station, past, uplink, told), past, stop)
+    while True:
+        try:
+            await member.take_part()
+            break
+        except RejoinError as error:
+            logger.info("rejoining", extra={"fields": {"reason": str(error)}})
+    past.journal.mark_finished()
+
+
+class Member:
+    """A client between its first join and the end of the run."""
+
+    def __init__(self, station: Station, client: Client, past: Past, stop: Stop) -> None:
+        self._recipe, self._client, self._past, self._stop = station.recipe, client, past, stop
+        self._device = station.device
+
+    async def take_part(self) -> None:
+        """Join, go back to the step that the top names, train to the last one, and finish.
+
+        Raises:
+            RejoinError: the generation is over.
+            RunInterrupted: the user stopped this client between two steps.
+        """
+        begun = await self._join()
+        train, step = self._recipe.train, begun.decision.step
+        if self._evaluates(step) and not begun.evaluated:
+            await self._evaluate(step)
+        while step < train.steps:
+            if self._stop.asked.is_set():
+                raise RunInterrupted(f"stopped after step {step} of {train.steps}; start it again to go on")
+            started = time.perf_counter()
+            report = await self._client.step(step)
+            step += 1
+            self._say(step, report, time.perf_counter() - started)
+            if self._evaluates(step):
+                await self._evaluate(step)
+        await self._finish()
+
+    async def _join(self) -> Begun:
+        standing = await self._device.run(self._past.standing)
+        header = {"standings": {self._client.name: standing.to_json()}}
+        reply = await self._client.uplink.request(self._client.message("join", (0, 0, 0), header))
+        begun = Begun.from_header(reply.header)
+        decision, name = begun.decision, self._client.name
+        self._client.generation = begun.number
+        if name not in decision.lacking:
+            await self._device.run(lambda: self._past.restore(decision.step))
+        if decision.lacking:
+            given = self._past.state() if name in decision.donors.values() else {}
+            states = (await self._client.uplink.request(self._client.message("share", (0, 0, 0), {}, given))).tensors
+            if name in decision.lacking:
+                await self._device.run(lambda: self._past.adopt(decision.step, states))
+        logger.info("joined", extra={"fields": {"step": decision.step, "generation": begun.number}})
+        return begun
+
+    def _evaluates(self, step: int) -> bool:
+        every, last = self._recipe.train.eval_every, self._recipe.train.steps
+        return step in (0, last) or (every is not None and step % every == 0)
+
+    async def _evaluate(self, step: int) -> None:
+        report = await self._client.evaluate()
+        losses = {self._client.index: report.sums()}
+        await self._client.uplink.request(self._client.message("evaluated", (step, 0, 0), {"losses": losses}))
+
+    async def _finish(self) -> None:
+        words = {self._client.name: self._past.closing_words()}
+        place = (self._recipe.train.steps, 0, 0)
+        await self._client.uplink.request(self._client.message("finish", place, {"roles": words}, self._past.adapter()))
+
+    def _say(self, step: int, report: StepReport, seconds: float) -> None:
+        traffic = self._client.uplink.traffic
+        fields = {
+            "step": step,
+            "loss": report.loss / max(1, report.labels),
+            "tokens": report.tokens,
+            "seconds": seconds,
+        }
+        logger.info("step", extra={"fields": {**fields, "bytes_up": traffic.up, "bytes_down": traffic.down}})
+
+
+def _client(station: Station, past: Past, uplink: RemoteLink, told: Mapping[str, Any]) -> Client:
+    recipe, index = station.recipe, tier_of(station.recipe, station.name)[1]
+    corpus, batch_size = station.plan.corpus, int(told["batch_size"])
+    return Client(
+        station.name,
+        index,
+        past.worker,
+        uplink,
+        BatchStream(corpus.train[index], batch_size, recipe.seed, index),
+        eval_batches(corpus.eval[index], batch_size),
+        whole=False,
+        replicas=station.replicas,
+        accumulate=int(told["accumulate"]),
+        in_flight=int(told["in_flight"]),
+        schedule=station.schedule,
+        name_rows=names_rows(recipe),
+        device=station.device,
+        commit=past.commit,
+    )
+
+
+def _told_cut(told: Mapping[str, Any]) -> tuple[int, int]:
+    start, end = told["shard"]
+    return int(start), int(end)
+
+
+def _stopped(station: Station) -> str:
+    return f"{station.name}: stopped in the middle of a step, which will be run again; start it again to go on"

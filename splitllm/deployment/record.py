@@ -1,0 +1,133 @@
+"""What the top writes of a run: metrics while it goes on, adapter and summary at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from splitllm.deployment.station import Station
+from splitllm.metrics import Metrics
+from splitllm.model.export import save_adapter
+from splitllm.model.naming import names_in_unsplit, rename_tensors
+from splitllm.recipe import dump_recipe, what_leaves_in_a_deployment
+from splitllm.roles.server import StepSums
+from splitllm.roles.together import Tensors
+from splitllm.running.base import base_folder
+from splitllm.running.outcome import PACKAGES, RECIPE, adapter_config, replace_text
+from splitllm.running.state import Totals
+
+logger = logging.getLogger(__name__)
+MEMORY = {"rss_mib": "peak_rss_mib", "gpu_mib": "peak_gpu_mib"}
+HELD = "held: "
+
+
+class Record:
+    """The run as the top sees it.
+
+    Args:
+        station: of the top.
+        metrics: writes `metrics.jsonl` and `summary.json`.
+
+    Attributes:
+        totals: sums over the run, as after the last committed step.
+    """
+
+    def __init__(self, station: Station, metrics: Metrics) -> None:
+        self._station, self._metrics = station, metrics
+        self.totals = Totals()
+        self._since = time.perf_counter()
+        directory = station.options.directory
+        replace_text(directory / RECIPE, dump_recipe(station.recipe))
+
+    def values(self) -> dict[str, Any]:
+        """What the journal keeps."""
+        return {name: value for name, value in asdict(self.totals).items() if value is not None}
+
+    def put_back(self, values: Mapping[str, Any]) -> None:
+        """Be as the journal tells."""
+        self.totals = Totals(**values)
+
+    def begun(self, step: int) -> bool:
+        """A generation goes on from a step: what was written after it is dropped.
+
+        Returns:
+            Whether the evaluation of that step is written.
+        """
+        kept = self._metrics.truncate_to(step)
+        self._since = time.perf_counter()
+        evaluations = {record["step"]: record["loss"] for record in kept if record["event"] == "eval"}
+        self.totals.loss_before = evaluations.get(0, self.totals.loss_before)
+        self.totals.loss_after = evaluations.get(self._station.recipe.train.steps)
+        return step in evaluations
+
+    def stepped(self, step: int, sums: StepSums) -> None:
+        """A step is about to be committed."""
+        loss, labels, tokens = _added(sums.losses)
+        seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
+        up = sum(crossed[0] for crossed in sums.crossed.values())
+        down = sum(crossed[1] for crossed in sums.crossed.values())
+        self.totals.add(int(tokens), seconds, up, down)
+        train = self._station.recipe.train
+        if (step + 1) % train.log_every and step + 1 < train.steps:
+            return
+        recent = self.totals.since_logged()
+        rate = train.optimizer.lr * self._station.schedule(step)
+        fields = {"step": step + 1, "loss": loss / labels, **recent, "lr": rate, "grad_norm": sums.norm}
+        self._metrics.log("train", **fields, clients=len(sums.losses))
+        logger.info("step", extra={"fields": {**fields, "clients": len(sums.losses)}})
+
+    def evaluated(self, step: int, losses: Mapping[int, Any]) -> None:
+        """Every client has told its loss over its held-out rows."""
+        loss, labels, tokens = _added(losses)
+        mean = loss / labels if labels else 0.0
+        if step == 0:
+            self.totals.loss_before = mean
+        if step == self._station.recipe.train.steps:
+            self.totals.loss_after = mean
+        self._metrics.log("eval", step=step, loss=mean, tokens=int(tokens))
+        logger.info("evaluation", extra={"fields": {"step": step, "loss": mean}})
+        self._since = time.perf_counter()
+
+    def finish(self, words: Mapping[str, Any], adapter: Tensors) -> None:
+        """Every role has come to the end: write the adapter and the summary, unless that was done already."""
+        folder = self._station.options.directory / "adapter"
+        if folder.exists() and (folder.parent / "summary.json").exists():
+            return
+        plan, revision = self._station.plan, self._station.recipe.model.revision
+        base = base_folder(self._station.recipe, folder.parent)
+        modules = names_in_unsplit(base, plan.modules, revision)
+        save_adapter(folder, rename_tensors(adapter, modules), adapter_config(plan, base, modules))
+        summary = self._summary(words, adapter)
+        self._metrics.write_summary(summary)
+        logger.info("done", extra={"fields": {"adapter": str(folder), "loss": self.totals.loss_after}})
+
+    def _summary(self, words: Mapping[str, Any], adapter: Tensors) -> dict[str, Any]:
+        totals = self.totals
+        return {
+            "eval_loss_before": totals.loss_before,
+            "eval_loss_after": totals.loss_after,
+            "train_tokens": totals.tokens,
+            "train_seconds": round(totals.seconds, 3),
+            "tokens_per_second": round(totals.tokens / max(totals.seconds, 1e-9), 1),
+            "wire_bytes_up": totals.bytes_up,
+            "wire_bytes_down": totals.bytes_down,
+            "trainable_parameters": sum(tensor.numel() for tensor in adapter.values()),
+            **{key: {role: said[word] for role, said in words.items() if word in said} for word, key in MEMORY.items()},
+            "held_mib": {role: _held(said) for role, said in words.items()},
+            "leaves_the_device": what_leaves_in_a_deployment(self._station.recipe),
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+
+
+def _held(said: Mapping[str, float]) -> dict[str, float]:
+    return {word.removeprefix(HELD): value for word, value in said.items() if word.startswith(HELD)}
+
+
+def _added(losses: Mapping[int, Any]) -> tuple[float, float, float]:
+    """Loss, labels and tokens over all clients, in the order of their numbers."""
+    sums = [losses[client] for client in sorted(losses)]
+    return sum(s[0] for s in sums), sum(s[1] for s in sums), sum(s[2] for s in sums)

@@ -1,0 +1,36 @@
+"""One role, by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from splitllm.deployment.client import attend
+from splitllm.deployment.server import serve
+from splitllm.deployment.station import Options
+from splitllm.recipe import Recipe, tier_of
+
+
+def run_role(
+    recipe: Recipe,
+    name: str,
+    directory: Path,
+    *,
+    listen: str | None = None,
+    metrics: str | None = None,
+    insecure: bool = False,
+) -> None:
+    """Run one role of a recipe until the run is complete.
+
+    Args:
+        recipe: the run; the same for all its roles.
+        name: of the role.
+        directory: receives its journal and, at the top, what the run leaves.
+        listen: HOST:PORT of a server where it is not that of `wire.addresses`.
+        metrics: HOST:PORT for Prometheus, or None.
+        insecure: allow plain TCP beyond this machine.
+
+    Raises:
+        SplitLLMError: as `serve` and `attend`.
+    """
+    options = Options(name, directory, listen, metrics, insecure)
+    (attend if tier_of(recipe, name)[0] == 0 else serve)(recipe, options)

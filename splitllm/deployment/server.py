@@ -1,0 +1,208 @@
+"""A server of a recipe, edge or cloud, as a process of its own; reads from top to bottom."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from splitllm.deployment.bounds import allowed, in_flight, limits
+from splitllm.deployment.record import Record
+from splitllm.deployment.station import Options, Past, Station, Stop, open_station
+from splitllm.errors import RunInterrupted, SplitLLMError
+from splitllm.metrics import Metrics
+from splitllm.recipe import Recipe, children_of, clients_below
+from splitllm.roles.assembly import coding_of
+from splitllm.roles.gate import Gate, Summit
+from splitllm.roles.server import Server
+from splitllm.wire.remote import Listener
+from splitllm.wire.sessions import Reception, Sessions
+from splitllm.wire.stream import Refused
+from splitllm.wire.uplink import RemoteLink
+
+logger = logging.getLogger(__name__)
+LINGER_SECONDS = 30.0
+GRACE_SECONDS = 2.0
+SPARE_STREAMS = 16
+
+
+def serve(recipe: Recipe, options: Options) -> None:
+    """Serve one edge or the cloud until its run is complete.
+
+    Args:
+        recipe: the run; the same for all its roles.
+        options: of this process.
+
+    Raises:
+        RecipeError: the recipe cannot run here.
+        PeerError: the role above refuses this one.
+        RunInterrupted: SIGTERM or Ctrl-C; the same command goes on where the run is.
+    """
+    station = open_station(recipe, options, client=None)
+    asyncio.run(_serve(station))
+
+
+async def _serve(station: Station) -> None:
+    stop = Stop()
+    uplink = station.uplink(_say_change) if station.tier + 1 < len(station.recipe.split.tiers) else None
+    told = await _or_stopped(uplink.welcome(), stop) if uplink is not None else {}
+    worker = station.worker(_bounds(told))
+    if uplink is not None:
+        past = Past(station, worker)
+        server, summit = _edge(station, past, uplink), None
+    else:
+        metrics = Metrics(station.options.directory, steps=station.recipe.train.steps, console=Console(quiet=True))
+        record = Record(station, metrics)
+        past = Past(station, worker, record.values, record.put_back)
+        server, summit = _cloud(station, past, record), _summit(record)
+    gate = Gate(server, past, children_of(station.recipe, station.name), summit=summit, patience=_patience(station))
+    trouble: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    sessions = Sessions(_reception(station, gate, trouble, told))
+    streams = 2 * len(gate.children) + SPARE_STREAMS
+    listener = Listener(station.address(), sessions.serve, station.credentials, station.recipe.wire.keepalive, streams)
+    port = await listener.start()
+    logger.info("listening", extra={"fields": {"port": port, "tls": station.credentials is not None}})
+    try:
+        await _until_complete(gate, trouble, uplink, stop)
+        past.journal.mark_finished()
+    except SplitLLMError as error:
+        sessions.tell_all(error)
+        raise
+    finally:
+        if uplink is not None:
+            await uplink.close(goodbye=gate.finished.is_set())
+        await listener.stop(GRACE_SECONDS)
+    logger.info("complete")
+
+
+async def _until_complete(gate: Gate, trouble: asyncio.Future[None], uplink: RemoteLink | None, stop: Stop) -> None:
+    """Until every child has its last answer; raises what ends the run before that."""
+    finished, asked = asyncio.create_task(gate.finished.wait()), asyncio.create_task(stop.asked.wait())
+    failures = {trouble, uplink.failed} if uplink is not None else {trouble}
+    try:
+        ends: list[asyncio.Future[Any]] = [finished, asked, *failures]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        finished.cancel()
+        asked.cancel()
+    for failure in failures:
+        if failure.done():
+            failure.result()
+    if not gate.finished.is_set():
+        raise RunInterrupted("stopped; start it again with the same command to go on where the run is")
+    try:
+        async with asyncio.timeout(LINGER_SECONDS):
+            await gate.all_left.wait()
+    except TimeoutError:
+        logger.warning("some children never said goodbye")
+
+
+def _edge(station: Station, past: Past, uplink: RemoteLink) -> Server:
+    def commit(step: int) -> None:
+        past.commit(step)
+        logger.info("step", extra={"fields": {"step": step}})
+
+    return Server(
+        station.name,
+        children_of(station.recipe, station.name),
+        past.worker,
+        uplink=uplink,
+        replicas=station.replicas,
+        schedule=station.schedule,
+        device=station.device,
+        commit=commit,
+    )
+
+
+def _cloud(station: Station, past: Past, record: Record) -> Server:
+    return Server(
+        station.name,
+        children_of(station.recipe, station.name),
+        past.worker,
+        top=station.assembly().top(record.stepped),
+        schedule=station.schedule,
+        device=station.device,
+        commit=past.commit,
+    )
+
+
+def _summit(record: Record) -> Summit:
+    return Summit(record.begun, record.evaluated, record.finish, first=time.time_ns() // 1_000_000)
+
+
+def _reception(station: Station, gate: Gate, trouble: asyncio.Future[None], told: Mapping[str, Any]) -> Reception:
+    bounds, recipe = allowed(station.plan, station.name), station.recipe
+    under_way = min(in_flight(station.plan, station.name), told.get("in_flight", recipe.train.in_flight))
+
+    def fatal(error: BaseException) -> None:
+        if not trouble.done():
+            trouble.set_exception(error)
+
+    return Reception(
+        admit=lambda hello, identity: _admit(station, hello, identity, under_way),
+        answer=gate.handle,
+        check=bounds.check,
+        room=lambda child: under_way * len(clients_below(recipe, child)) + 1,
+        coding=lambda: coding_of(recipe),
+        limits=limits(station.plan),
+        back=gate.back,
+        away=gate.away,
+        left=gate.left,
+        fatal=fatal,
+    )
+
+
+def _admit(
+    station: Station, hello: Mapping[str, Any], identity: str | None, under_way: int
+) -> tuple[str, dict[str, Any]]:
+    """Who may come in, and what it is told: its cut, batch size and adapter."""
+    recipe, name = station.recipe, str(hello.get("name"))[:80]
+    if identity is not None and identity != name:
+        raise Refused("identity", f"the certificate is that of {identity}, but the process says that it is {name}")
+    children = children_of(recipe, station.name)
+    if name not in children:
+        raise Refused("mismatch", f"{name} does not belong to {station.name} (its children: {', '.join(children[:8])})")
+    for key, what in (("recipe", "recipe"), ("model", "base model")):
+        if hello.get(key) != station.identity[key]:
+            raise Refused(
+                "mismatch", f"{name} has another {what} than {station.name}: give both the same and start it again"
+            )
+    start, stop = station.plan.bounds[station.tier - 1]
+    return name, {
+        "name": station.name,
+        "shard": [start, stop],
+        "batch_size": recipe.train.batch_size,
+        "accumulate": recipe.train.accumulate,
+        "in_flight": under_way,
+        "lora": recipe.lora.model_dump(mode="json", exclude={"start_from"}),
+    }
+
+
+def _bounds(told: Mapping[str, Any]) -> tuple[int, int] | None:
+    return (int(told["shard"][0]), int(told["shard"][1])) if told else None
+
+
+def _patience(station: Station) -> float | None:
+    """Servers further up wait longer, so that those below them have decided first."""
+    wire = station.recipe.wire
+    return wire.drop_after * station.tier if wire.absent == "drop" else None
+
+
+def _say_change(state: str) -> None:
+    logger.info("uplink", extra={"fields": {"state": state}})
+
+
+async def _or_stopped(welcome: Any, stop: Stop) -> Mapping[str, Any]:
+    """The welcome, unless the user stops the process first."""
+    waiting, asked = asyncio.ensure_future(welcome), asyncio.create_task(stop.asked.wait())
+    await asyncio.wait({waiting, asked}, return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if not waiting.done():
+        waiting.cancel()
+        raise RunInterrupted("stopped before the role above was reached")
+    found: Mapping[str, Any] = waiting.result()
+    return found

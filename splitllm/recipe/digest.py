@@ -1,0 +1,29 @@
+"""Whether two machines mean the same run: a digest of what must be equal on all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+from splitllm.recipe.loading import leaves
+
+if TYPE_CHECKING:
+    from splitllm.recipe.schema import Recipe
+
+LOCAL_KEYS = frozenset(
+    {
+        *("model.base", "model.tokenizer", "lora.start_from"),
+        *("data.source", "data.eval", "data.fields", "data.limit"),
+        *("train.threads", "train.checkpoint_every", "train.keep", "train.log_every", "train.trackers"),
+        *("train.verify_adapter", "wire.addresses", "wire.certificates", "wire.memory_mib", "wire.keepalive"),
+    }
+)
+"""Paths, names of fields, limits of a machine and what it writes down: these may differ between machines."""
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """A digest of a recipe, 32 hex digits: equal where the same run is computed, whatever `LOCAL_KEYS` hold."""
+    counted = {key: value for key, value in leaves(recipe) if key not in LOCAL_KEYS}
+    counted["split.tiers"] = list(recipe.split.tiers.items())  # their order counts, that of other mappings does not
+    return hashlib.blake2b(json.dumps(counted, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,233 @@
+"""What a server's children may send, by the recipe: looked at before anything is computed with it.
+
+Suffixes: B rows, S padded length, T real tokens, N labelled positions, D hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from splitllm.errors import PeerError
+from splitllm.wire.message import Message
+
+MOST_KEPT = 16  # steps that a role may say it kept
+FLOATS = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Child:
+    """What one child speaks for.
+
+    Attributes:
+        clients: the numbers of the clients whose branch goes through it.
+        roles: itself and all below it -> their tiers.
+    """
+
+    clients: frozenset[int]
+    roles: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """The bounds that a recipe sets to its messages.
+
+    Attributes:
+        children: by name.
+        steps: of the run.
+        accumulate: micro-batches of a client in a step.
+        rows: of a micro-batch, at most.
+        length: of a row, at most.
+        width: D.
+        vocabulary: token ids are below it.
+        targets: whether the labels go up.
+        packed: whether rows may carry position ids.
+        summed: adapter tensors of the tiers below whose replicas' gradients are summed -> shape.
+        normed: names of the other adapter tensors of the tiers below.
+        adapter: all adapter tensors -> shape.
+    """
+
+    children: Mapping[str, Child]
+    steps: int
+    accumulate: int
+    rows: int
+    length: int
+    width: int
+    vocabulary: int
+    targets: bool
+    packed: bool
+    summed: Mapping[str, torch.Size]
+    normed: frozenset[str]
+    adapter: Mapping[str, torch.Size]
+
+    def check(self, message: Message) -> None:
+        """Look at a request.
+
+        Raises:
+            PeerError: the recipe does not allow it; says what is wrong.
+        """
+        step, client, index = message.micro_batch
+        child = self.children[message.sender]
+        if message.kind in ("forward", "backward"):
+            train = message.kind == "backward" or message.header.get("train") is True
+            _need(client in child.clients, message, f"client {client}, which does not belong to it")
+            _need(step < self.steps and (step >= 0) == train, message, f"step {step} of {self.steps}")
+            _need(index >= 0 and (not train or index < self.accumulate), message, f"micro-batch {index}")
+        else:
+            _need(0 <= step <= self.steps, message, f"step {step} of {self.steps}")
+        _CHECKS[message.kind](self, child, message)
+
+
+def _join(allowed: Allowed, child: Child, message: Message) -> None:
+    standings = _mapping(message, "standings")
+    for role, standing in standings.items():
+        _need(role in child.roles, message, f"a standing of {role[:80]!r}, which is not below it")
+        _need(isinstance(standing, list) and len(standing) == 2, message, "a standing that is no pair")
+        tier, steps = standing
+        _need(tier == child.roles[role], message, f"another tier for {role}")
+        _need(isinstance(steps, list) and 1 <= len(steps) <= MOST_KEPT, message, "a standing without a list of steps")
+        _need(all(_whole(step, 0, allowed.steps) for step in steps), message, "a standing with steps beyond the run")
+    _need(message.sender in standings, message, "no standing of its own")
+
+
+def _share(allowed: Allowed, _child: Child, message: Message) -> None:
+    for name, tensor in message.tensors.items():
+        slot, _, parameter = name.partition("/")
+        shape = allowed.adapter.get(parameter)
+        _need(shape is not None and len(slot) <= 40, message, f"a state of {name[:120]!r}, which is no adapter tensor")
+        _need(tensor.shape == shape or tensor.numel() == 1, message, f"{name} of shape {list(tensor.shape)}")
+
+
+def _open(allowed: Allowed, child: Child, message: Message) -> None:
+    labels = _mapping(message, "labels")
+    _need(bool(labels), message, "no label counts")
+    for client, counts in labels.items():
+        _need(_is_client(client, child), message, f"label counts of client {client[:20]!r}, which is not below it")
+        fits = isinstance(counts, list) and 1 <= len(counts) <= allowed.accumulate
+        _need(fits, message, f"label counts that are no list of at most {allowed.accumulate}")
+        most = allowed.rows * allowed.length
+        _need(all(_whole(count, 0, most) for count in counts), message, "label counts beyond its rows")
+
+
+def _forward(allowed: Allowed, _child: Child, message: Message) -> None:
+    header, tensors = message.header, message.tensors
+    _need(all(isinstance(header.get(key), bool) for key in ("train", "input_gradient")), message, "no train flag")
+    lengths = header.get("lengths")
+    _need(isinstance(lengths, list) and 1 <= len(lengths) <= allowed.rows, message, f"not 1 to {allowed.rows} rows")
+    assert isinstance(lengths, list)
+    _need(all(_whole(n, 1, allowed.length) for n in lengths), message, f"rows not of 1 to {allowed.length} tokens")
+    wanted = {"hidden_TD", "positions_N"} | ({"targets_N"} if allowed.targets else set())
+    allowed_names = wanted | ({"position_ids_BS"} if allowed.packed else set())
+    _need(wanted <= set(tensors) <= allowed_names, message, f"tensors {sorted(tensors)}; {sorted(wanted)} are due")
+    tokens = sum(lengths)
+    _floats(message, "hidden_TD", (tokens, allowed.width))
+    count = tensors["positions_N"].shape[0] if tensors["positions_N"].dim() == 1 else 0
+    _need(1 <= count <= tokens, message, "no labelled positions, or more than tokens")
+    _integers(message, "positions_N", (count,), tokens)
+    if allowed.targets:
+        _integers(message, "targets_N", (count,), allowed.vocabulary)
+    if "position_ids_BS" in tensors:
+        _integers(message, "position_ids_BS", (len(lengths), max(lengths)), allowed.length)
+    if "rows" in header:
+        rows = header["rows"]
+        fits = isinstance(rows, list) and len(rows) == len(lengths) and all(_whole(row, 0, 1 << 40) for row in rows)
+        _need(fits, message, "row numbers that are not one for each row")
+
+
+def _backward(allowed: Allowed, _child: Child, message: Message) -> None:
+    _need(not allowed.targets, message, "a gradient, but the loss is not computed there")
+    _need(set(message.tensors) == {"gradient_ND"}, message, f"tensors {sorted(message.tensors)}; gradient_ND is due")
+    shape = tuple(message.tensors["gradient_ND"].shape)
+    _need(len(shape) == 2 and 1 <= shape[0] <= allowed.rows * allowed.length, message, f"a gradient of {list(shape)}")
+    _floats(message, "gradient_ND", (shape[0], allowed.width))
+
+
+def _close(allowed: Allowed, child: Child, message: Message) -> None:
+    norms = _mapping(message, "norms")
+    _need(set(norms) <= allowed.normed, message, "norms of tensors that are not below it")
+    _need(all(value is None or _real(value) for value in norms.values()), message, "norms that are no numbers")
+    _need(set(message.tensors) == set(allowed.summed), message, "not the gradients that are due")
+    for name, tensor in message.tensors.items():
+        _floats(message, name, tuple(allowed.summed[name]), tensor)
+    _losses(child, message)
+    crossed = _mapping(message, "bytes")
+    _need(set(crossed) <= set(child.roles), message, "bytes of roles that are not below it")
+    pairs = all(isinstance(p, list) and len(p) == 2 and all(_whole(n, 0, 1 << 53) for n in p) for p in crossed.values())
+    _need(pairs, message, "bytes that are no pairs of numbers")
+
+
+def _evaluated(_allowed: Allowed, child: Child, message: Message) -> None:
+    _losses(child, message)
+
+
+def _finish(allowed: Allowed, child: Child, message: Message) -> None:
+    words = _mapping(message, "roles")
+    _need(set(words) <= set(child.roles), message, "closing words of roles that are not below it")
+    for said in words.values():
+        fits = isinstance(said, dict) and len(said) <= 16 and all(_real(value) for value in said.values())
+        _need(fits, message, "closing words that are no numbers")
+    for name, tensor in message.tensors.items():
+        _need(name in allowed.adapter, message, f"{name[:120]!r}, which is no adapter tensor")
+        _floats(message, name, tuple(allowed.adapter[name]), tensor)
+
+
+_CHECKS: dict[str, Callable[[Allowed, Child, Message], None]] = {
+    "join": _join,
+    "share": _share,
+    "open": _open,
+    "forward": _forward,
+    "backward": _backward,
+    "close": _close,
+    "evaluated": _evaluated,
+    "finish": _finish,
+}
+
+
+def _losses(child: Child, message: Message) -> None:
+    losses = _mapping(message, "losses")
+    for client, sums in losses.items():
+        _need(_is_client(client, child), message, f"losses of client {client[:20]!r}, which is not below it")
+        fits = isinstance(sums, list) and len(sums) == 3 and all(_real(value) for value in sums)
+        _need(fits, message, "losses that are not loss, labels and tokens")
+
+
+def _mapping(message: Message, key: str) -> Mapping[str, Any]:
+    value = message.header.get(key)
+    _need(isinstance(value, dict), message, f"no {key}")
+    assert isinstance(value, dict)
+    return value
+
+
+def _is_client(text: str, child: Child) -> bool:
+    return text.isdecimal() and len(text) < 10 and int(text) in child.clients
+
+
+def _floats(message: Message, name: str, shape: Iterable[int], tensor: torch.Tensor | None = None) -> None:
+    found = message.tensors[name] if tensor is None else tensor
+    fits = found.dtype in FLOATS and list(found.shape) == list(shape)
+    _need(fits, message, f"{name} of {found.dtype} {list(found.shape)}; floats of {list(shape)} are due")
+
+
+def _integers(message: Message, name: str, shape: tuple[int, ...], below: int) -> None:
+    found = message.tensors[name]
+    fits = found.dtype == torch.int32 and tuple(found.shape) == shape
+    _need(fits, message, f"{name} of {found.dtype} {list(found.shape)}; int32 of {list(shape)} are due")
+    low, high = torch.aminmax(found)
+    _need(int(low) >= 0 and int(high) < below, message, f"{name} beyond 0 to {below - 1}")
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _real(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _need(fits: bool, message: Message, found: str) -> None:
+    if not fits:
+        raise PeerError(f"{message.sender} sent {message.kind} with {found}")

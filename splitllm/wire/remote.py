@@ -1,0 +1,249 @@
+"""gRPC, and nothing else: streams of opaque frames over `grpc.aio`, with mutual TLS, keepalive and the health service.
+
+The one file that imports grpc. Messages are bytes with identity serializers: no generated code. Frames are at most
+`FRAME_BYTES`, and both sides refuse longer ones before they are read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from splitllm.wire.certificates import Credentials, peer_name
+from splitllm.wire.frames import FRAME_BYTES
+from splitllm.wire.stream import Disconnected, Reason, Refused, Stream
+
+SERVICE = "splitllm.Wire"
+METHOD = "Exchange"
+CODES: dict[Reason, grpc.StatusCode] = {
+    "invalid": grpc.StatusCode.INVALID_ARGUMENT,
+    "identity": grpc.StatusCode.PERMISSION_DENIED,
+    "mismatch": grpc.StatusCode.FAILED_PRECONDITION,
+    "taken": grpc.StatusCode.ALREADY_EXISTS,
+    "internal": grpc.StatusCode.ABORTED,
+}
+REASONS = {code: reason for reason, code in CODES.items()}
+STREAMS_A_CONNECTION = 8
+TLS_REFUSALS = {
+    "certificate has expired": "its certificate has expired; renew it there with splitllm certs",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not of the CA that this role trusts",
+    "Hostname Verification Check failed": "its certificate is that of another role; check wire.addresses",
+    "WRONG_VERSION_NUMBER": "it speaks no TLS; give it wire.certificates",
+}
+
+Serve = Callable[[Stream, str | None], Awaitable[None]]
+
+
+def _options(keepalive: float) -> list[tuple[str, Any]]:
+    """What both sides set; `keepalive` is in seconds."""
+    milliseconds = max(1, int(keepalive * 1000))
+    return [
+        ("grpc.max_send_message_length", FRAME_BYTES),
+        ("grpc.max_receive_message_length", FRAME_BYTES),
+        ("grpc.keepalive_time_ms", milliseconds),
+        ("grpc.keepalive_timeout_ms", milliseconds),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", milliseconds // 2),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", milliseconds // 4),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
+
+
+class Dialer:
+    """Opens streams to one server.
+
+    Args:
+        address: HOST:PORT.
+        server: name that its certificate must have.
+        credentials: this role's, or None for plain TCP.
+        keepalive: seconds without a sign of life after which the server is asked for one, and again until it is given
+            up.
+    """
+
+    def __init__(self, address: str, server: str, credentials: Credentials | None, keepalive: float) -> None:
+        self.address, self.server, self._credentials = address, server, credentials
+        self._options = [
+            *_options(keepalive),
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.enable_retries", 0),
+        ]
+
+    def dial(self) -> DialledStream:
+        """A stream to use as an asynchronous context manager; it connects with the first frame written."""
+        if self._credentials is None:
+            return DialledStream(grpc.aio.insecure_channel(self.address, options=self._options), self._about)
+        found = grpc.ssl_channel_credentials(
+            self._credentials.authority, self._credentials.key, self._credentials.certificate
+        )
+        options = [*self._options, ("grpc.ssl_target_name_override", self.server)]
+        return DialledStream(grpc.aio.secure_channel(self.address, found, options=options), self._about)
+
+    def _about(self, error: grpc.aio.AioRpcError) -> Disconnected | Refused:
+        """What a failed call means; gRPC tells its cause in words only."""
+        code = error.code()
+        details = " ".join((error.details() or code.name.lower()).split())
+        where = f"{self.server} at {self.address}"
+        if code in REASONS:
+            return Refused(REASONS[code], details)
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            return Refused("mismatch", f"{self.address} is no splitllm server")
+        for mark, remedy in TLS_REFUSALS.items():
+            if mark in details:
+                return Refused("identity", f"{where}: {remedy} ({details.rpartition('error:')[2]})")
+        if self._credentials is not None and details.endswith(": Socket closed"):
+            return Disconnected(
+                f"{where} closed the connection after the TLS handshake: if this goes on, it does not accept the "
+                "certificate of this role: it must be of the same CA and not expired"
+            )
+        return Disconnected(f"{where}: {details.rpartition('last error: ')[2]}")
+
+
+class DialledStream:
+    """The calling side's end."""
+
+    def __init__(
+        self, channel: grpc.aio.Channel, about: Callable[[grpc.aio.AioRpcError], Disconnected | Refused]
+    ) -> None:
+        self._channel, self._about = channel, about
+
+    async def __aenter__(self) -> DialledStream:
+        """Start the call."""
+        self._call = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the call and close the connection."""
+        self._call.cancel()
+        await self._channel.close()
+
+    async def read(self) -> bytes | None:
+        """The next frame, or None at the end."""
+        try:
+            frame = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise self._about(error) from error
+        return None if frame is grpc.aio.EOF else bytes(frame)
+
+    async def write(self, frame: bytes) -> None:
+        """Send a frame."""
+        try:
+            await self._call.write(frame)
+        except grpc.aio.AioRpcError as error:
+            raise self._about(error) from error
+        except asyncio.InvalidStateError as error:  # the call ended between two writes
+            raise await self._ended() from error
+
+    async def done_writing(self) -> None:
+        """Say that no more frames will come."""
+        try:
+            await self._call.done_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise Disconnected("the call ended") from error
+
+    async def _ended(self) -> Disconnected | Refused:
+        code, details = await self._call.code(), await self._call.details()
+        return self._about(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details))
+
+
+class ServedStream:
+    """The answering side's end."""
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self._context = context
+
+    async def read(self) -> bytes | None:
+        """The next frame, or None at the end."""
+        try:
+            frame = await self._context.read()
+        except (grpc.aio.UsageError, grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+            raise Disconnected(str(error)) from error
+        return None if frame is grpc.aio.EOF else bytes(frame)
+
+    async def write(self, frame: bytes) -> None:
+        """Send a frame."""
+        try:
+            await self._context.write(frame)
+        except (grpc.aio.UsageError, grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+            raise Disconnected(str(error)) from error
+
+
+class Listener:
+    """A gRPC server with one method, and the standard health service beside it.
+
+    Args:
+        address: HOST:PORT to listen on; port 0 takes a free one.
+        serve: talks over one stream until it ends; the second argument is the name in the peer's certificate, None
+            without TLS.
+        credentials: of this role, or None for plain TCP.
+        keepalive: as that of `Dialer`.
+        streams: how many may be open at once.
+    """
+
+    def __init__(
+        self, address: str, serve: Serve, credentials: Credentials | None, keepalive: float, streams: int
+    ) -> None:
+        self.address, self._serve, self._credentials = address, serve, credentials
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            options=[
+                *_options(keepalive),
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_concurrent_streams", STREAMS_A_CONNECTION),
+            ],
+            maximum_concurrent_rpcs=streams,
+        )
+
+    async def start(self) -> int:
+        """Listen; returns the port.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        handler = grpc.stream_stream_rpc_method_handler(self._exchange)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        try:
+            port = self._bind()
+        except RuntimeError as error:
+            reason = "the address is in use, or is not one of this machine"
+            raise OSError(None, f"cannot listen ({reason})", self.address) from error
+        await self._server.start()
+        await self._tell(health_pb2.HealthCheckResponse.SERVING)
+        return port
+
+    async def stop(self, grace: float) -> None:
+        """Take no new streams, let those that are open end, and after `grace` seconds end them."""
+        await self._tell(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.stop(grace)
+
+    def _bind(self) -> int:
+        if self._credentials is None:
+            return int(self._server.add_insecure_port(self.address))
+        found = grpc.ssl_server_credentials(
+            [(self._credentials.key, self._credentials.certificate)],
+            root_certificates=self._credentials.authority,
+            require_client_auth=True,
+        )
+        return int(self._server.add_secure_port(self.address, found))
+
+    async def _tell(self, status: Any) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    async def _exchange(self, _frames: Any, context: grpc.aio.ServicerContext) -> None:
+        identity = peer_name(context.auth_context()) if self._credentials is not None else None
+        try:
+            await self._serve(ServedStream(context), identity)
+        except Refused as refused:
+            await context.abort(CODES[refused.reason], str(refused))
+        except Disconnected:
+            return

@@ -1,0 +1,277 @@
+"""The answering side of the wire: who is connected, what they asked, and every question answered once.
+
+A *session* is one run of a child's process, told apart by its incarnation. It outlives connections: what was asked goes
+on being computed while the child reconnects, and an answer is kept until the child says that it has it. Asked again, a
+question is answered from there and not computed twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from splitllm.errors import PeerError, SplitLLMError
+from splitllm.wire.assembling import Assembler, Limits
+from splitllm.wire.coding import Coding
+from splitllm.wire.envelopes import error_envelope, reply_envelope, request_of
+from splitllm.wire.frames import VERSION, Envelope, FrameType, to_frames
+from splitllm.wire.message import Message
+from splitllm.wire.stream import Disconnected, Refused, Stream
+
+logger = logging.getLogger(__name__)
+HELLO_SECONDS = 20.0
+HELLO_LIMITS = Limits(values_bytes=16 << 10, payload_bytes=0)
+TOGETHER = frozenset({"join", "share", "open", "close", "evaluated", "finish"})
+
+
+@dataclass(frozen=True)
+class Reception:
+    """What a server does with its children.
+
+    Attributes:
+        admit: looks at a hello and the name in the certificate (None without TLS); the child's name and what it is
+            told, or Refused.
+        answer: answers a request that passed `check`.
+        check: raises PeerError for a request that the recipe does not allow.
+        room: requests of a child under way at once; more are not read (backpressure).
+        coding: codecs of the link to a child.
+        limits: of what a child may send at once.
+        back, away, left: told when a child is connected, is no longer, and has said goodbye.
+        fatal: told of an error that is nobody's but this server's, or ends the run.
+    """
+
+    admit: Callable[[Mapping[str, Any], str | None], tuple[str, Mapping[str, Any]]]
+    answer: Callable[[Message], Awaitable[Message]]
+    check: Callable[[Message], None]
+    room: Callable[[str], int]
+    coding: Callable[[], Coding]
+    limits: Limits
+    back: Callable[[str], None]
+    away: Callable[[str], None]
+    left: Callable[[str], None]
+    fatal: Callable[[BaseException], None]
+
+
+class Session:
+    """One run of one child's process."""
+
+    def __init__(self, name: str, incarnation: str, room: int, coding: Coding) -> None:
+        self.name, self.incarnation, self.coding = name, incarnation, coding
+        self.room, self.most = asyncio.Semaphore(room), 4 * room + 16
+        self.answers: dict[int, asyncio.Task[list[bytes]]] = {}
+        self.outbox: asyncio.Queue[list[bytes] | PeerError] | None = None
+        self.bytes_up = self.bytes_down = self.requests = 0
+
+    def attach(self) -> asyncio.Queue[list[bytes] | PeerError]:
+        """A new connection; one that seems to be open still is replaced."""
+        if self.outbox is not None:
+            self.outbox.put_nowait(Disconnected(f"{self.name} has connected anew"))
+        self.outbox = asyncio.Queue()
+        return self.outbox
+
+    def detach(self, outbox: asyncio.Queue[list[bytes] | PeerError]) -> bool:
+        """A connection is gone; whether it was the newest."""
+        if self.outbox is not outbox:
+            return False
+        self.outbox = None
+        return True
+
+    def send(self, frames: list[bytes] | PeerError) -> None:
+        """Send, if there is a connection; else the child will ask again."""
+        if self.outbox is not None:
+            self.outbox.put_nowait(frames)
+
+    def forget(self) -> None:
+        """The process that asked is gone."""
+        for answer in self.answers.values():
+            answer.cancel()
+        self.answers.clear()
+
+
+class Sessions:
+    """The children of one server.
+
+    Attributes:
+        by_name: the newest session of every child.
+        refused: how many connections were refused, by reason.
+    """
+
+    def __init__(self, reception: Reception) -> None:
+        self._reception = reception
+        self._incarnation = secrets.token_hex(8)
+        self.by_name: dict[str, Session] = {}
+        self.refused: dict[str, int] = {}
+
+    async def serve(self, stream: Stream, identity: str | None) -> None:
+        """Talk over one stream until it ends.
+
+        Raises:
+            Refused: the child must not go on; the transport tells it why.
+            Disconnected: the connection is gone.
+        """
+        try:
+            await self._serve(stream, identity)
+        except Refused as refused:
+            self.refused[refused.reason] = self.refused.get(refused.reason, 0) + 1
+            logger.warning("refused", extra={"fields": {"reason": refused.reason, "text": str(refused)}})
+            raise
+
+    def tell_all(self, error: SplitLLMError) -> None:
+        """The run is over for everybody; number 0 answers no request in particular."""
+        for session in self.by_name.values():
+            session.send(to_frames(error_envelope(0, error)))
+
+    async def _serve(self, stream: Stream, identity: str | None) -> None:
+        session, welcome = await self._enter(stream, identity)
+        outbox = session.attach()
+        try:
+            for frame in to_frames(Envelope(FrameType.WELCOME, 0, welcome)):
+                await stream.write(frame)
+            self._reception.back(session.name)
+            logger.info("connected", extra={"fields": {"child": session.name}})
+            await self._talk(stream, session, outbox)
+        finally:
+            if session.detach(outbox):
+                self._reception.away(session.name)
+                logger.info("disconnected", extra={"fields": {"child": session.name}})
+
+    async def _enter(self, stream: Stream, identity: str | None) -> tuple[Session, dict[str, Any]]:
+        """Shake hands."""
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                hello = await _next(stream, Assembler(HELLO_LIMITS))
+        except TimeoutError:
+            raise Refused("invalid", f"no hello within {HELLO_SECONDS:g} seconds") from None
+        if hello is None or hello.type is not FrameType.HELLO:
+            raise Refused("invalid", "a connection begins with a hello")
+        values = hello.values
+        if values.get("protocol") != VERSION:
+            raise Refused(
+                "mismatch", f"protocol {str(values.get('protocol'))[:20]} is not that of this server, {VERSION}"
+            )
+        name, welcome = self._reception.admit(values, identity)
+        incarnation = values.get("incarnation")
+        if not isinstance(incarnation, str) or not 1 <= len(incarnation) <= 64:
+            raise Refused("invalid", f"{name}: the hello names no incarnation")
+        return self._session(name, incarnation), {**welcome, "incarnation": self._incarnation}
+
+    def _session(self, name: str, incarnation: str) -> Session:
+        known = self.by_name.get(name)
+        if known is not None and known.incarnation == incarnation:
+            return known
+        if known is not None and known.outbox is not None:
+            raise Refused("taken", f"another process is connected as {name}: every role runs once; stop one of them")
+        if known is not None:
+            known.forget()
+        self.by_name[name] = Session(name, incarnation, self._reception.room(name), self._reception.coding())
+        return self.by_name[name]
+
+    async def _talk(self, stream: Stream, session: Session, outbox: asyncio.Queue[list[bytes] | PeerError]) -> None:
+        """Read requests and send answers, until either ends."""
+        jobs = {asyncio.create_task(self._read(stream, session)), asyncio.create_task(_write(stream, session, outbox))}
+        try:
+            done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for job in jobs:
+                job.cancel()
+            await asyncio.wait(jobs)
+        for job in done:
+            if (error := job.exception()) is not None:
+                raise error
+
+    async def _read(self, stream: Stream, session: Session) -> None:
+        assembler = Assembler(self._reception.limits)
+        try:
+            while (envelope := await _next(stream, assembler, session)) is not None:
+                if envelope.type is FrameType.GOODBYE:
+                    self._reception.left(session.name)
+                    return
+                await self._accept(envelope, session)
+        except (Refused, Disconnected):
+            raise
+        except PeerError as error:
+            raise Refused("invalid", str(error)) from error
+
+    async def _accept(self, envelope: Envelope, session: Session) -> None:
+        """Start answering a request, or answer it again; waits while too many are under way."""
+        message, received = request_of(envelope, session.name)
+        for number in received:
+            answer = session.answers.get(number)
+            if answer is not None and answer.done():
+                del session.answers[number]
+        known = session.answers.get(envelope.number)
+        if known is not None:
+            if known.done():
+                session.send(known.result())
+            return
+        self._reception.check(message)
+        if len(session.answers) >= session.most:
+            raise PeerError(f"{session.name} does not say which answers it has: {len(session.answers)} are kept for it")
+        await session.room.acquire()
+        session.requests += 1
+        session.answers[envelope.number] = task = asyncio.create_task(self._answer(envelope.number, message, session))
+        task.add_done_callback(lambda task: self._answered(envelope.number, message, session, task))
+
+    async def _answer(self, number: int, message: Message, session: Session) -> list[bytes]:
+        session.coding.note_request(message)
+        reply = await self._reception.answer(message)
+        return to_frames(reply_envelope(number, reply, session.coding.pack_reply(message, reply)))
+
+    def _answered(self, number: int, message: Message, session: Session, task: asyncio.Task[list[bytes]]) -> None:
+        session.room.release()
+        if task.cancelled():
+            session.answers.pop(number, None)
+            return
+        error = task.exception()
+        if error is None:
+            session.send(task.result())
+            return
+        session.answers.pop(number, None)
+        session.send(self._failure(number, message, error))
+
+    def _failure(self, number: int, message: Message, error: BaseException) -> list[bytes] | PeerError:
+        """What a child is told of an error: a passing state, its own fault, or this server's."""
+        if isinstance(error, PeerError) and type(error) is PeerError:
+            return Refused("invalid", str(error))
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, SplitLLMError):
+            if not isinstance(error, PeerError):
+                self._reception.fatal(error)
+            return to_frames(error_envelope(number, error))
+        logger.error(
+            "internal error", exc_info=error, extra={"fields": {"kind": message.kind, "child": message.sender}}
+        )
+        if message.kind in TOGETHER:
+            self._reception.fatal(error)
+        return Refused(
+            "internal", f"{message.kind} of {message.sender} failed with {type(error).__name__}; see the server's log"
+        )
+
+
+async def _write(stream: Stream, session: Session, outbox: asyncio.Queue[list[bytes] | PeerError]) -> None:
+    while True:
+        frames = await outbox.get()
+        if isinstance(frames, PeerError):
+            raise frames
+        for frame in frames:
+            session.bytes_down += len(frame)
+            await stream.write(frame)
+
+
+async def _next(stream: Stream, assembler: Assembler, session: Session | None = None) -> Envelope | None:
+    """The next envelope, or None at the end of the stream."""
+    while (frame := await stream.read()) is not None:
+        if session is not None:
+            session.bytes_up += len(frame)
+        try:
+            envelope = assembler.add(frame)
+        except PeerError as error:
+            raise Refused("invalid", str(error)) from error
+        if envelope is not None:
+            return envelope
+    return None

@@ -1,0 +1,57 @@
+"""What a connection looks like to those who talk over it: frames in order, and the two ways in which it can end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+from splitllm.errors import PeerError
+
+Reason = Literal["invalid", "identity", "mismatch", "taken", "internal"]
+
+
+class Refused(PeerError):
+    """The other side ended the connection and said why; trying again is of no use, but for `taken`.
+
+    Args:
+        reason: invalid (what was sent breaks the protocol), identity (the certificate), mismatch (another recipe, model
+            or version), taken (another process has the name), internal (an error there).
+        text: one line for the user.
+    """
+
+    def __init__(self, reason: Reason, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class Disconnected(PeerError):
+    """The connection is gone; a new one may work."""
+
+
+class Stream(Protocol):
+    """Frames both ways, in order."""
+
+    async def read(self) -> bytes | None:
+        """The next frame; None when the other side has said all it had to say.
+
+        Raises:
+            Disconnected, Refused: the connection ended.
+        """
+        ...
+
+    async def write(self, frame: bytes) -> None:
+        """Send a frame; waits while the other side does not read (backpressure).
+
+        Raises:
+            Disconnected, Refused: the connection ended.
+        """
+        ...
+
+
+def backoff(first: float = 0.1, longest: float = 5.0) -> Iterator[float]:
+    """Seconds to wait before each new attempt: doubling, with jitter, so that many peers do not come all at once."""
+    wait = first
+    while True:
+        yield wait * random.uniform(0.5, 1.0)
+        wait = min(longest, 2 * wait)

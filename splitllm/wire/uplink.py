@@ -1,0 +1,247 @@
+"""A link to a role on another machine: connects, reconnects, and asks every question until it is answered once."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from splitllm.errors import RejoinError, SplitLLMError
+from splitllm.wire.assembling import Assembler, Limits
+from splitllm.wire.codecs import Packed
+from splitllm.wire.coding import Coding
+from splitllm.wire.envelopes import error_of, reply_of, request_values
+from splitllm.wire.frames import VERSION, Envelope, FrameType, to_frames
+from splitllm.wire.link import Traffic
+from splitllm.wire.message import Message
+from splitllm.wire.stream import Disconnected, Refused, Stream, backoff
+
+logger = logging.getLogger(__name__)
+HANDSHAKE_SECONDS = 20.0
+GRADIENTS_FIRST = {"backward": 0}
+GOODBYE = (2, 0)
+
+
+class Dialled(Stream, Protocol):
+    """A stream of the calling side, which can say that it is done."""
+
+    async def done_writing(self) -> None:
+        """No more frames will come."""
+        ...
+
+
+Dial = Callable[[], AbstractAsyncContextManager[Dialled]]
+
+
+@dataclass
+class _Pending:
+    """A question without an answer yet."""
+
+    message: Message
+    packed: Mapping[str, Packed]
+    reply: asyncio.Future[Message] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    frames: list[bytes] = field(default_factory=list)
+
+
+class RemoteLink:
+    """The way up to another process.
+
+    A request has a number. When the connection breaks, those without an answer are sent again over the next one, as the
+    same bytes; the other side answers a number it has seen from its cache. When the other side itself was restarted,
+    they fail with `RejoinError`.
+
+    Args:
+        dial: opens a stream.
+        server: name of the role above.
+        hello: what the handshake says of this role, beside version and incarnation.
+        coding: codecs of this link.
+        limits: of what the role above may send.
+        patience: seconds for which `taken` is held for a passing state.
+        on_change: called with "connected" or a line that says what keeps it from being so.
+    """
+
+    def __init__(
+        self,
+        dial: Dial,
+        server: str,
+        hello: Mapping[str, Any],
+        coding: Coding,
+        limits: Limits,
+        *,
+        patience: float = 60.0,
+        on_change: Callable[[str], None] = lambda state: None,
+    ) -> None:
+        self.traffic = Traffic()
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._dial, self._server, self._coding, self._limits = dial, server, coding, limits
+        self._hello = {**hello, "protocol": VERSION, "incarnation": secrets.token_hex(8)}
+        self._patience, self._on_change = patience, on_change
+        self._numbers = itertools.count(1)
+        self._pending: dict[int, _Pending] = {}
+        self._received: list[int] = []
+        self._outbox: asyncio.PriorityQueue[tuple[int, int]] = asyncio.PriorityQueue()
+        self._welcome: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+        self._peer: str | None = None
+        self._leaving = False
+        self._task = asyncio.create_task(self._keep_connected())
+
+    async def welcome(self) -> Mapping[str, Any]:
+        """What the role above told at the first handshake.
+
+        Raises:
+            Refused: it will not have this role.
+        """
+        return await asyncio.shield(self._welcome)
+
+    async def request(self, message: Message) -> Message:
+        """Ask the role above.
+
+        Raises:
+            RejoinError: the run goes back to an earlier step.
+            PeerError: the role above refuses this role, or its answer breaks the protocol.
+        """
+        if self.failed.done():
+            self.failed.result()
+        number = next(self._numbers)
+        self._pending[number] = pending = _Pending(message, self._coding.pack_request(message))
+        self._outbox.put_nowait((GRADIENTS_FIRST.get(message.kind, 1), number))
+        try:
+            return await pending.reply
+        finally:
+            self._pending.pop(number, None)
+
+    async def close(self, *, goodbye: bool = False) -> None:
+        """End the connection.
+
+        Args:
+            goodbye: tell the role above that the run is complete for this one.
+        """
+        if goodbye and not self._task.done():
+            self._leaving = True
+            self._outbox.put_nowait(GOODBYE)
+            await asyncio.wait({self._task}, timeout=HANDSHAKE_SECONDS)
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    async def _keep_connected(self) -> None:
+        delays, trouble_since = backoff(), None
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                async with self._dial() as stream:
+                    await self._shake_hands(stream)
+                    delays, trouble_since = backoff(), None
+                    if await self._exchange(stream):
+                        return
+            except Disconnected as lost:
+                self._on_change(str(lost))
+            except Refused as refused:
+                trouble_since = trouble_since or loop.time()
+                if refused.reason != "taken" or loop.time() - trouble_since > self._patience:
+                    self._fail(refused)
+                    return
+                self._on_change(str(refused))
+            except SplitLLMError as error:  # the run is over, or what came over the stream breaks the protocol
+                self._fail(error)
+                return
+            await asyncio.sleep(next(delays))
+
+    async def _shake_hands(self, stream: Stream) -> None:
+        assembler = Assembler(self._limits)
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                for frame in to_frames(Envelope(FrameType.HELLO, 0, self._hello)):
+                    await stream.write(frame)
+                envelope = await self._next(stream, assembler)
+        except TimeoutError:
+            raise Disconnected(f"{self._server} does not answer") from None
+        if envelope is None or envelope.type is not FrameType.WELCOME:
+            raise Disconnected(f"{self._server} ended the connection before a welcome")
+        peer = str(envelope.values.get("incarnation"))
+        if self._peer is not None and peer != self._peer:
+            self._forget(f"{self._server} was restarted")
+        self._peer = peer
+        if not self._welcome.done():
+            self._welcome.set_result(envelope.values)
+        self._on_change("connected")
+
+    async def _exchange(self, stream: Dialled) -> bool:
+        """Send and receive until the connection is lost (raises), or this role has left (returns True)."""
+        self._outbox = asyncio.PriorityQueue()
+        for number, pending in self._pending.items():
+            self._outbox.put_nowait((GRADIENTS_FIRST.get(pending.message.kind, 1), number))
+        if self._leaving:
+            self._outbox.put_nowait(GOODBYE)
+        jobs = {asyncio.create_task(self._send(stream)), asyncio.create_task(self._receive(stream))}
+        try:
+            done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for job in jobs:
+                job.cancel()
+            await asyncio.wait(jobs)
+        for job in done:
+            if (error := job.exception()) is not None:
+                raise error
+        return True
+
+    async def _send(self, stream: Dialled) -> None:
+        while (entry := await self._outbox.get()) != GOODBYE:
+            pending = self._pending.get(entry[1])
+            if pending is None:
+                continue
+            for frame in pending.frames or self._frames(entry[1], pending):
+                self.traffic.up += len(frame)
+                await stream.write(frame)
+        for frame in to_frames(Envelope(FrameType.GOODBYE, 0)):
+            await stream.write(frame)
+        await stream.done_writing()
+
+    def _frames(self, number: int, pending: _Pending) -> list[bytes]:
+        """A request's frames, made once: what is sent again is the same, and so is what it says was received."""
+        values = request_values(pending.message, self._received)
+        pending.frames = to_frames(Envelope(FrameType.REQUEST, number, values, pending.packed))
+        self._received = []
+        return pending.frames
+
+    async def _receive(self, stream: Stream) -> None:
+        assembler = Assembler(self._limits)
+        while (envelope := await self._next(stream, assembler)) is not None:
+            if envelope.type is FrameType.ERROR and envelope.number == 0:
+                raise error_of(envelope)
+            self._received.append(envelope.number)
+            pending = self._pending.get(envelope.number)
+            if pending is None or pending.reply.done():
+                continue
+            if envelope.type is FrameType.REPLY:
+                pending.reply.set_result(reply_of(envelope, pending.message, self._server))
+            else:
+                pending.reply.set_exception(error_of(envelope))
+        if not self._leaving:
+            raise Disconnected(f"{self._server} ended the connection")
+
+    async def _next(self, stream: Stream, assembler: Assembler) -> Envelope | None:
+        while (frame := await stream.read()) is not None:
+            self.traffic.down += len(frame)
+            envelope = assembler.add(frame)
+            if envelope is not None:
+                return envelope
+        return None
+
+    def _forget(self, reason: str) -> None:
+        """Nobody above knows the questions that were asked: fail them."""
+        self._received = []
+        for pending in self._pending.values():
+            if not pending.reply.done():
+                pending.reply.set_exception(RejoinError(f"{reason}; join again"))
+
+    def _fail(self, error: SplitLLMError) -> None:
+        waiting: list[asyncio.Future[Any]] = [self._welcome, self.failed]
+        for future in [*waiting, *(pending.reply for pending in self._pending.values())]:
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # nobody may be waiting

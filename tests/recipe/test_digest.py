@@ -1,0 +1,114 @@
+"""Which keys must be equal on all machines of a run: every key of the recipe is on one side."""
+
+import re
+
+import pytest
+import yaml
+
+from splitllm.recipe import changed_keys, dump_recipe, fingerprint, load_recipe
+from splitllm.recipe.digest import LOCAL_KEYS
+from splitllm.recipe.loading import leaves
+
+COUNTED = {  # another value of every key that must be equal on all machines
+    "seed": 1,
+    "model.revision": "main",
+    "model.dtype": "bfloat16",
+    "model.attention": "eager",
+    "model.random": {"n_layer": 12},
+    "split.tiers": {"client": 6, "edge": 2, "cloud": 1},
+    "split.cuts": [1, 4],
+    "split.labels": "cloud",
+    "lora.rank": 4,
+    "lora.alpha": 8,
+    "lora.dropout": 0.5,
+    "lora.targets": ["q_proj"],
+    "lora.tiers": ["edge"],
+    "lora.rslora": True,
+    "lora.dora": True,
+    "data.eval_fraction": 0.5,
+    "data.format": "text",
+    "data.partition.by": "own",
+    "data.partition.field": "topic",
+    "data.partition.alpha": 0.5,
+    "data.max_length": 128,
+    "data.pack": True,
+    "train.steps": 100,
+    "train.batch_size": 4,
+    "train.accumulate": 2,
+    "train.in_flight": 2,
+    "train.optimizer.lr": 0.5,
+    "train.optimizer.betas": [0.5, 0.5],
+    "train.optimizer.eps": 0.5,
+    "train.optimizer.weight_decay": 0.5,
+    "train.schedule.name": "cosine",
+    "train.schedule.warmup_steps": 5,
+    "train.clip_norm": None,
+    "train.loss_weights": "tenant",
+    "train.activation_checkpointing": True,
+    "train.mixed_precision": "bf16",
+    "train.processes": 2,
+    "train.eval_every": 5,
+    "wire.up": "int8",
+    "wire.down": "topk:0.05",
+    "wire.feedback_mib": 0,
+    "wire.absent": "drop",
+    "wire.drop_after": 5.0,
+}
+LOCAL = {  # and of every key that may differ
+    "model.base": "/other",
+    "model.tokenizer": "/other",
+    "lora.start_from": "/other",
+    "data.source": "/other",
+    "data.eval": "/other",
+    "data.fields": {"prompt": "question"},
+    "data.limit": 5,
+    "train.threads": 2,
+    "train.checkpoint_every": 5,
+    "train.keep": 5,
+    "train.log_every": 5,
+    "train.trackers": ["tensorboard"],
+    "train.verify_adapter": True,
+    "wire.addresses": {"cloud": "h:1"},
+    "wire.certificates": "/other",
+    "wire.memory_mib": 5,
+    "wire.keepalive": 5.0,
+}
+TOGETHER = {  # what a key above cannot be without
+    "data.partition.field": ["data.partition={by: field, field: kind}"],
+    "data.partition.alpha": ["data.partition={by: dirichlet, field: topic, alpha: 1.0}"],
+    "data.pack": ["data.format=text"],
+}
+
+
+ONE_VALUE = {"train.optimizer.name"}  # counts too
+
+
+def as_yaml(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
+
+
+def test_every_key_counts_or_may_differ(recipe_with):
+    assert COUNTED.keys() | ONE_VALUE | LOCAL.keys() == dict(leaves(recipe_with())).keys()
+    assert not (COUNTED.keys() | ONE_VALUE) & LOCAL.keys()
+    assert LOCAL.keys() == LOCAL_KEYS
+
+
+@pytest.mark.parametrize(("key", "value"), [*COUNTED.items(), *LOCAL.items()])
+def test_the_fingerprint_changes_with_the_keys_that_count(recipe_with, key, value):
+    one = recipe_with(*TOGETHER.get(key, []))
+    other = recipe_with(*TOGETHER.get(key, []), f"{key}={as_yaml(value)}")
+    assert [line.split(": ")[0] for line in changed_keys(one, other)] == [key]
+    assert (fingerprint(one) == fingerprint(other)) == (key in LOCAL)
+
+
+def test_the_fingerprint_is_32_digits_and_blind_to_how_a_recipe_is_written(recipe_with, tmp_path):
+    def of(*overrides: str) -> str:
+        return fingerprint(recipe_with(*overrides))
+
+    assert re.fullmatch("[0-9a-f]{32}", of())
+    assert of() == of("train.clip_norm=1", "lora.dropout=0", "train.optimizer.lr=2e-4", "wire.drop_after=30")
+    assert of("model.random={a: 1, b: {c: 2, d: 3}}") == of("model.random={b: {d: 3, c: 2}, a: 1}")
+    assert of("split.tiers={a: 1, b: 1, c: 1}") != of("split.tiers={b: 1, a: 1, c: 1}")
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_recipe(recipe_with()))
+    assert fingerprint(load_recipe(copy)) == of()
