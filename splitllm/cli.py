@@ -48,6 +48,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback(
     epilog=_examples(
         "splitllm train recipes/quickstart.yaml --output-dir out/quickstart",
+        "splitllm up recipes/quickstart.yaml --output-dir out/rehearsal",
     )
 )
 def _splitllm(
@@ -121,12 +122,16 @@ RoleDir = Annotated[Path, typer.Option("--output-dir", help="The folder of this 
 Listen = Annotated[
     str | None, typer.Option("--listen", metavar="HOST:PORT", help="Where to listen, if not at wire.addresses.")
 ]
+MetricsAddress = Annotated[
+    str | None, typer.Option("--metrics", metavar="[HOST:]PORT", help="Where to answer Prometheus; off by default.")
+]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow plain TCP beyond this machine.")]
 
 
 @app.command(
     epilog=_examples(
-        "splitllm cloud recipes/quickstart.yaml 'wire.addresses={cloud: 127.0.0.1:7100}' --output-dir out/cloud",
+        "splitllm cloud recipes/deployment.yaml --output-dir out/cloud",
+        "splitllm cloud recipes/deployment.yaml --output-dir out/cloud --listen 0.0.0.0:7000 --metrics 9100",
     )
 )
 def cloud(
@@ -135,15 +140,16 @@ def cloud(
     overrides: Overrides = None,
     name: RoleName = None,
     listen: Listen = None,
+    metrics: MetricsAddress = None,
     insecure: Insecure = False,
 ) -> None:
     """Serve the top tier of a deployment; what the run leaves is written here."""
-    _role("top", recipe, overrides, name, output_dir, listen, insecure)
+    _role("top", recipe, overrides, name, output_dir, listen, metrics, insecure)
 
 
 @app.command(
     epilog=_examples(
-        "splitllm edge recipes/deployment.yaml --name edge-0 --output-dir out/edge-0",
+        "splitllm edge recipes/deployment.yaml --output-dir out/edge",
     )
 )
 def edge(
@@ -152,10 +158,11 @@ def edge(
     overrides: Overrides = None,
     name: RoleName = None,
     listen: Listen = None,
+    metrics: MetricsAddress = None,
     insecure: Insecure = False,
 ) -> None:
     """Serve one edge of a deployment."""
-    _role("middle", recipe, overrides, name, output_dir, listen, insecure)
+    _role("middle", recipe, overrides, name, output_dir, listen, metrics, insecure)
 
 
 @app.command(
@@ -171,7 +178,65 @@ def client(
     insecure: Insecure = False,
 ) -> None:
     """Train one client's rows in a deployment."""
-    _role("bottom", recipe, overrides, name, output_dir, None, insecure)
+    _role("bottom", recipe, overrides, name, output_dir, None, None, insecure)
+
+
+@app.command(
+    epilog=_examples(
+        "splitllm up recipes/quickstart.yaml --output-dir out/rehearsal",
+        "splitllm up recipes/quickstart.yaml train.steps=20 train.threads=1 --output-dir out/short",
+        "splitllm up recipes/quickstart.yaml --output-dir out/rehearsal --resume",
+    )
+)
+def up(
+    recipe: RecipePath,
+    output_dir: OutputDir,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR.")] = False,
+) -> None:
+    """Rehearse a deployment: every role of a recipe as a process on this machine, with mutual TLS."""
+    with _errors_as_lines():
+        from splitllm.recipe import load_recipe
+
+        wanted = load_recipe(recipe, overrides or ())
+        from splitllm.deployment.up import up as run
+
+        run(wanted, output_dir, resume=resume)
+
+
+@app.command(
+    epilog=_examples(
+        "splitllm certs certs recipes/deployment.yaml",
+        "splitllm certs certs recipes/deployment.yaml --days 90 --renew edge",
+    )
+)
+def certs(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.", show_default=False)],
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    days: Annotated[int, typer.Option("--days", help="How long new certificates are valid.")] = 365,
+    renew: Annotated[
+        list[str] | None, typer.Option("--renew", metavar="NAME", help="Replace that of a role; may be repeated.")
+    ] = None,
+    renew_all: Annotated[bool, typer.Option("--renew-all", help="Replace those of all roles.")] = False,
+) -> None:
+    """Make a private authority and a certificate for every role: what mutual TLS needs."""
+    with _errors_as_lines():
+        from splitllm.recipe import load_recipe, role_names, tier_of
+
+        wanted = load_recipe(recipe, overrides or ())
+        names = [name for tier in role_names(wanted).values() for name in tier]
+        for name in renew or ():
+            tier_of(wanted, name)
+        from splitllm.wire.issuing import AUTHORITY_KEY, issue
+
+        renewed = names if renew_all else renew
+        issued = issue(directory, renewed or names, days=days, renew=bool(renewed))
+        for name in issued:
+            typer.echo(f"issued: {directory / name}, for the machine of {name}")
+        if kept := [name for name in names if name not in issued]:
+            typer.echo(f"left as they are: {', '.join(kept)}")
+        typer.echo(f"keep {directory / AUTHORITY_KEY} here: whoever has it can pass for any role")
 
 
 def _role(
@@ -181,18 +246,36 @@ def _role(
     name: str | None,
     output_dir: Path,
     listen: str | None,
+    metrics: str | None,
     insecure: bool,
 ) -> None:
+    from splitllm.deployment.leash import wear
+
+    wear()
     with _errors_as_lines():
         from splitllm.recipe import load_recipe, role_in_tier
 
         wanted = load_recipe(recipe, overrides or ())
         role = role_in_tier(wanted, place, name)
+        metrics = _metrics_address(metrics)
         from splitllm.deployment.logs import log_to_stdout
         from splitllm.deployment.run import run_role
 
         log_to_stdout(role)
-        run_role(wanted, role, output_dir, listen=listen, insecure=insecure)
+        run_role(wanted, role, output_dir, listen=listen, metrics=metrics, insecure=insecure)
+
+
+def _metrics_address(text: str | None) -> str | None:
+    """A port alone is one of this machine."""
+    from splitllm.recipe import host_and_port
+
+    address = f"127.0.0.1:{text}" if text is not None and text.isdecimal() else text
+    try:
+        if address is not None:
+            host_and_port(address)
+    except ValueError as error:
+        raise RecipeError([f"--metrics: {error}; give PORT for this machine alone, or HOST:PORT"]) from None
+    return address
 
 
 @contextmanager

@@ -52,6 +52,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             "describe": lambda plan: ["fine", f"{plan.train.steps} steps"],
         },
         "splitllm.model.export": {"merge": lambda *arguments: made.append(arguments)},
+        "splitllm.deployment.up": {"up": lambda *arguments, **options: made.append((*arguments, options))},
+        "splitllm.deployment.logs": {"log_to_stdout": lambda role: None},
+        "splitllm.deployment.run": {"run_role": lambda *arguments, **options: made.append((*arguments, options))},
     }
     for name, members in stand_ins.items():
         module = ModuleType(name)
@@ -176,7 +179,7 @@ def test_a_wrong_command_line_is_status_2(words: tuple[str, ...]) -> None:
     assert done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "train", "validate", "merge"])
+@pytest.mark.parametrize("command", ["", "train", "validate", "merge", "up", "cloud", "edge", "client"])
 def test_help_shows_examples_that_parse(calls: list[Any], command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     done = run(*command.split(), "--help")
@@ -186,6 +189,67 @@ def test_help_shows_examples_that_parse(calls: list[Any], command: str, monkeypa
     for example in examples:
         assert run(*shlex.split(example)[1:]).exit_code == 0, example
     assert len(calls) == len(examples)
+
+
+def test_up_hands_over_recipe_folder_and_resume(calls: list[Any]) -> None:
+    assert run("up", QUICKSTART, "train.steps=50", "--output-dir", "out/x", "--resume").exit_code == 0
+    [(recipe, folder, options)] = calls
+    assert (recipe.train.steps, folder, options) == (50, Path("out/x"), {"resume": True})
+
+
+def test_a_role_is_given_its_name_and_where_to_listen(calls: list[Any]) -> None:
+    listen = ("--listen", "0.0.0.0:7100", "--metrics", "7200", "--insecure")
+    assert run("cloud", QUICKSTART, "--output-dir", "o", *listen).exit_code == 0
+    assert run("edge", QUICKSTART, "--name", "edge-1", "--output-dir", "o", "--metrics", "[::1]:7200").exit_code == 0
+    assert run("client", QUICKSTART, "--name", "client-3", "--output-dir", "o").exit_code == 0
+    assert [(name, options) for _, name, _, options in calls] == [
+        ("cloud", {"listen": "0.0.0.0:7100", "metrics": "127.0.0.1:7200", "insecure": True}),
+        ("edge-1", {"listen": None, "metrics": "[::1]:7200", "insecure": False}),
+        ("client-3", {"listen": None, "metrics": None, "insecure": False}),
+    ]
+
+
+@pytest.mark.parametrize("address", ["", "nowhere", "0", "70000", "host:port"])
+def test_a_wrong_metrics_address_is_one_line(calls: list[Any], address: str) -> None:
+    done = run("cloud", QUICKSTART, "--output-dir", "o", "--metrics", address)
+    assert (done.exit_code, calls, done.stderr.count("\n")) == (2, [], 1)
+    assert done.stderr.startswith("--metrics: ")
+
+
+def test_certs_issues_what_is_missing_and_renews_what_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "certs"
+    words = ("certs", str(folder), QUICKSTART, "split.tiers={client: 2, cloud: 1}", "split.cuts=[2]")
+    first = run(*words, "--days", "30")
+    assert (first.exit_code, first.stderr) == (0, "")
+    for name in ("client-0", "client-1", "cloud"):
+        assert f"issued: {folder / name}, for the machine of {name}" in first.stdout
+        assert {path.name for path in (folder / name).iterdir()} == {"ca.pem", "cert.pem", "key.pem"}
+    assert f"keep {folder / 'ca.key'} here" in first.stdout
+
+    keys = {name: (folder / name / "key.pem").read_bytes() for name in ("client-0", "client-1", "cloud")}
+    assert "left as they are: client-0, client-1, cloud" in run(*words).stdout
+    renewed = run(*words, "--renew", "client-1")
+    assert "issued: " in renewed.stdout and "left as they are: client-0, cloud" in renewed.stdout
+    changed = {name for name, key in keys.items() if (folder / name / "key.pem").read_bytes() != key}
+    assert changed == {"client-1"}
+    assert run(*words, "--renew-all").stdout.count("issued: ") == 3
+
+
+@pytest.mark.parametrize("words", [("--renew", "edge-7"), ("--days", "0")])
+def test_certs_refuses_in_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = run("certs", str(tmp_path / "certs"), QUICKSTART, *words)
+    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert not (tmp_path / "certs").exists()
+
+
+def test_help_of_certs_shows_examples_that_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    shown = run("certs", "--help").stdout.splitlines()
+    examples = [line.strip() for line in shown if line.strip().startswith("splitllm ")]
+    assert examples
+    for example in examples:
+        assert run(*shlex.split(example)[1:]).exit_code == 0, example
 
 
 def test_version_as_a_module() -> None:

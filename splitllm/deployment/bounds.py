@@ -13,6 +13,7 @@ from splitllm.wire.frames import aligned
 
 MIB = 2**20
 STATES = 4  # of an adapter tensor: itself, two moments, and a count of steps
+OF_MICRO_BATCH = 4  # tensors of its request
 INDEX_BYTES = 4
 PEFT_PREFIX = "base_model.model."
 
@@ -51,7 +52,7 @@ def limits(plan: Plan) -> Limits:
     """Bytes of one envelope, at most: a micro-batch's activations, or the states of all adapters."""
     shapes = adapter_shapes(plan.config, plan.recipe.lora, plan.modules)
     states = sum(STATES * aligned(math.prod(shape) * _itemsize(plan.recipe)) for shape in shapes.values())
-    return Limits(payload_bytes=max(micro_batch_bytes(plan), states))
+    return Limits(payload_bytes=max(micro_batch_bytes(plan), states), tensors=STATES * len(shapes) + OF_MICRO_BATCH)
 
 
 def micro_batch_bytes(plan: Plan) -> int:

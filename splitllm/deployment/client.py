@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from splitllm.data.batching import BatchStream, eval_batches
+from splitllm.deployment.journal import Journal
 from splitllm.deployment.station import Options, Past, Station, Stop, open_station
 from splitllm.errors import RejoinError, RunInterrupted
 from splitllm.recipe import Recipe, tier_of, what_leaves_in_a_deployment
@@ -38,10 +39,13 @@ def attend(recipe: Recipe, options: Options) -> None:
 
 
 async def _attend(station: Station) -> None:
+    journal, stop = station.journal(), Stop()
+    if journal.finished:
+        logger.info("the run was complete already")
+        return
     logger.info("leaves the device", extra={"fields": {"what": what_leaves_in_a_deployment(station.recipe)}})
-    stop = Stop()
     uplink = station.uplink(lambda state: logger.info("uplink", extra={"fields": {"state": state}}))
-    work, asked = asyncio.create_task(_work(station, uplink, stop)), asyncio.create_task(stop.asked.wait())
+    work, asked = asyncio.create_task(_work(station, journal, uplink, stop)), asyncio.create_task(stop.asked.wait())
     try:
         await asyncio.wait({work, asked}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():  # let the step under way come to its end
@@ -56,13 +60,10 @@ async def _attend(station: Station) -> None:
     logger.info("complete")
 
 
-async def _work(station: Station, uplink: RemoteLink, stop: Stop) -> None:
+async def _work(station: Station, journal: Journal, uplink: RemoteLink, stop: Stop) -> None:
     told = await uplink.welcome()
     start, end = _told_cut(told)
-    past = Past(station, station.worker((start, end)))
-    if past.journal.finished:
-        logger.info("the run was complete already")
-        return
+    past = Past(station, journal, station.worker((start, end)))
     logger.info("cut", extra={"fields": {"blocks": f"{start}..{end - 1}", "batch size": told["batch_size"]}})
     member = Member(station, _client(station, past, uplink, told), past, stop)
     while True:
@@ -71,7 +72,7 @@ async def _work(station: Station, uplink: RemoteLink, stop: Stop) -> None:
             break
         except RejoinError as error:
             logger.info("rejoining", extra={"fields": {"reason": str(error)}})
-    past.journal.mark_finished()
+    past.mark_finished()
 
 
 class Member:

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from splitllm.deployment.bounds import allowed, in_flight, limits
+from splitllm.deployment.journal import Journal
+from splitllm.deployment.observe import Observer
 from splitllm.deployment.record import Record
 from splitllm.deployment.station import Options, Past, Station, Stop, open_station
 from splitllm.errors import RunInterrupted, SplitLLMError
@@ -47,35 +49,37 @@ def serve(recipe: Recipe, options: Options) -> None:
 
 
 async def _serve(station: Station) -> None:
-    stop = Stop()
+    journal, stop = station.journal(), Stop()
+    finished_at = station.recipe.train.steps if journal.finished else None
+    if finished_at is not None:
+        logger.info("the run was complete already", extra={"fields": {"seconds to stay": LINGER_SECONDS}})
     uplink = station.uplink(_say_change) if station.tier + 1 < len(station.recipe.split.tiers) else None
-    told = await _or_stopped(uplink.welcome(), stop) if uplink is not None else {}
-    worker = station.worker(_bounds(told))
-    if uplink is not None:
-        past = Past(station, worker)
-        server, summit = _edge(station, past, uplink), None
-    else:
-        metrics = Metrics(station.options.directory, steps=station.recipe.train.steps, console=Console(quiet=True))
-        record = Record(station, metrics)
-        past = Past(station, worker, record.values, record.put_back)
-        server, summit = _cloud(station, past, record), _summit(record)
-    gate = Gate(server, past, children_of(station.recipe, station.name), summit=summit, patience=_patience(station))
+    told: Mapping[str, Any] = {}
+    if uplink is not None and finished_at is None:  # nobody may be up there any more once the run is complete
+        told = await _or_stopped(uplink.welcome(), stop)
+    gate = _gate(station, journal, uplink, told, finished_at)
     trouble: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    sessions = Sessions(_reception(station, gate, trouble, told))
+    observer = Observer(station.recipe.train.batch_size)
+    sessions = Sessions(observer.watched(_reception(station, gate, trouble, told)))
+    stop_metrics = observer.serve(station.options.metrics, sessions)
     streams = 2 * len(gate.children) + SPARE_STREAMS
     listener = Listener(station.address(), sessions.serve, station.credentials, station.recipe.wire.keepalive, streams)
     port = await listener.start()
     logger.info("listening", extra={"fields": {"port": port, "tls": station.credentials is not None}})
     try:
         await _until_complete(gate, trouble, uplink, stop)
-        past.journal.mark_finished()
+    except RunInterrupted:
+        raise  # to be started again: the others wait
     except SplitLLMError as error:
         sessions.tell_all(error)
         raise
     finally:
+        await listener.stop(
+            GRACE_SECONDS
+        )  # first, so that no child hears how the questions end that are under way above
         if uplink is not None:
-            await uplink.close(goodbye=gate.finished.is_set())
-        await listener.stop(GRACE_SECONDS)
+            await uplink.close(goodbye=gate.finished.is_set() and finished_at is None)
+        stop_metrics()
     logger.info("complete")
 
 
@@ -89,16 +93,40 @@ async def _until_complete(gate: Gate, trouble: asyncio.Future[None], uplink: Rem
     finally:
         finished.cancel()
         asked.cancel()
+    if gate.finished.is_set():
+        await _linger(gate, stop)
+        return
     for failure in failures:
         if failure.done():
             failure.result()
-    if not gate.finished.is_set():
-        raise RunInterrupted("stopped; start it again with the same command to go on where the run is")
-    try:
-        async with asyncio.timeout(LINGER_SECONDS):
-            await gate.all_left.wait()
-    except TimeoutError:
-        logger.warning("some children never said goodbye")
+    raise RunInterrupted("stopped; start it again with the same command to go on where the run is")
+
+
+async def _linger(gate: Gate, stop: Stop) -> None:
+    """Stay for children that were lost at the very end, and come back to hear that it was."""
+    ends = {asyncio.create_task(event.wait()) for event in (gate.all_left, stop.asked)}
+    await asyncio.wait(ends, timeout=LINGER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
+    if not gate.all_left.is_set():
+        logger.warning("some children never said goodbye; if one comes back, start this role again")
+
+
+def _gate(
+    station: Station, journal: Journal, uplink: RemoteLink | None, told: Mapping[str, Any], finished_at: int | None
+) -> Gate:
+    """The server with its door, of an edge or, where there is no uplink, of the top."""
+    worker, summit = station.worker(_bounds(told)), None
+    if uplink is not None:
+        past = Past(station, journal, worker)
+        server = _edge(station, past, uplink)
+    else:
+        metrics = Metrics(station.options.directory, steps=station.recipe.train.steps, console=Console(quiet=True))
+        record = Record(station, metrics)
+        past = Past(station, journal, worker, record.values, record.put_back)
+        server, summit = _cloud(station, past, record), _summit(record)
+    children = children_of(station.recipe, station.name)
+    return Gate(server, past, children, summit=summit, patience=_patience(station), finished_at=finished_at)
 
 
 def _edge(station: Station, past: Past, uplink: RemoteLink) -> Server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import resource
 import signal
 from collections.abc import Callable, Mapping
@@ -31,7 +32,6 @@ from splitllm.wire.remote import Dialer
 from splitllm.wire.uplink import RemoteLink
 
 MIB = 2**20
-LOOPBACK = ("127.", "localhost", "::1", "[::1]")
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,14 @@ class Station:
         """What must be the same wherever this role's run goes on."""
         return {"role": self.name, "recipe": fingerprint(self.recipe), "model": self.base.digest()}
 
+    def journal(self) -> Journal:
+        """Of this role; no other process may have it open.
+
+        Raises:
+            CheckpointError: one has, or it is that of another run.
+        """
+        return Journal(self.options.directory / "journal", self.identity)
+
     def assembly(self, bounds: tuple[int, int] | None = None) -> Assembly:
         """What builds shards; `bounds` are those of this role's tier where a server above tells them."""
         all_bounds = list(self.plan.bounds)
@@ -156,6 +164,7 @@ class Past:
 
     Args:
         station: whose it is.
+        journal: of that role.
         worker: its shard.
         values: plain values to keep beside the tensors.
         put_back: takes those values when the role goes back.
@@ -164,12 +173,13 @@ class Past:
     def __init__(
         self,
         station: Station,
+        journal: Journal,
         worker: Worker,
         values: Callable[[], Mapping[str, Any]] = dict,
         put_back: Callable[[Mapping[str, Any]], None] = lambda values: None,
     ) -> None:
-        self.journal = Journal(station.options.directory / "journal", station.identity)
-        self.worker, self._tier, self._values, self._put_back = worker, station.tier_name, values, put_back
+        self.journal, self.worker, self._tier = journal, worker, station.tier_name
+        self._values, self._put_back = values, put_back
         if not self.journal.steps():
             self.commit(0)
 
@@ -202,6 +212,10 @@ class Past:
         """The role's part of the adapter."""
         prefix = "adapter/"
         return {name.removeprefix(prefix): t for name, t in self.state().items() if name.startswith(prefix)}
+
+    def mark_finished(self) -> None:
+        """The run is complete, and stays so when this process ends."""
+        self.journal.mark_finished()
 
     def closing_words(self) -> dict[str, float]:
         """Memory of this process, and what its tensors took at most, in MiB."""
@@ -252,9 +266,22 @@ def check_secure(address: str, credentials: Credentials | None, options: Options
     """Plain TCP stays on this machine unless the user says otherwise.
 
     Raises:
-        RecipeError: it would not.
+        RecipeError: it would not, or the address is none.
     """
-    host, _ = host_and_port(address) if not address.endswith(":0") else (address[:-2], 0)
-    if credentials is None and not options.insecure and not host.startswith(LOOPBACK):
+    try:
+        host, _ = host_and_port(
+            f"{address.removesuffix(':0')}:1" if address.endswith(":0") else address
+        )  # port 0 is any free one
+    except ValueError as error:
+        raise RecipeError([f"--listen: {error}; give --listen 0.0.0.0:7100, say"]) from error
+    if credentials is None and not options.insecure and not _is_here(host):
         remedy = "make some with splitllm certs, or give --insecure"
         raise RecipeError([f"wire.certificates: missing, but {address} is beyond this machine; {remedy}"])
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host is this machine, whatever a name service says."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

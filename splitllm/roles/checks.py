@@ -6,6 +6,7 @@ Suffixes: B rows, S padded length, T real tokens, N labelled positions, D hidden
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from splitllm.errors import PeerError
+from splitllm.roles.together import LARGEST_NORM
 from splitllm.wire.message import Message
 
 MOST_KEPT = 16  # steps that a role may say it kept
@@ -78,7 +80,9 @@ class Allowed:
             _need(step < self.steps and (step >= 0) == train, message, f"step {step} of {self.steps}")
             _need(index >= 0 and (not train or index < self.accumulate), message, f"micro-batch {index}")
         else:
-            _need(0 <= step <= self.steps, message, f"step {step} of {self.steps}")
+            last = self.steps - 1 if message.kind in ("open", "close") else self.steps
+            _need(0 <= step <= last, message, f"step {step} of {self.steps}")
+        _need(message.kind in _WITH_TENSORS or not message.tensors, message, "tensors, where none are due")
         _CHECKS[message.kind](self, child, message)
 
 
@@ -91,7 +95,8 @@ def _join(allowed: Allowed, child: Child, message: Message) -> None:
         _need(tier == child.roles[role], message, f"another tier for {role}")
         _need(isinstance(steps, list) and 1 <= len(steps) <= MOST_KEPT, message, "a standing without a list of steps")
         _need(all(_whole(step, 0, allowed.steps) for step in steps), message, "a standing with steps beyond the run")
-    _need(message.sender in standings, message, "no standing of its own")
+    aside = not standings  # nobody is left below it
+    _need(aside or message.sender in standings, message, "no standing of its own")
 
 
 def _share(allowed: Allowed, _child: Child, message: Message) -> None:
@@ -99,7 +104,8 @@ def _share(allowed: Allowed, _child: Child, message: Message) -> None:
         slot, _, parameter = name.partition("/")
         shape = allowed.adapter.get(parameter)
         _need(shape is not None and len(slot) <= 40, message, f"a state of {name[:120]!r}, which is no adapter tensor")
-        _need(tensor.shape == shape or tensor.numel() == 1, message, f"{name} of shape {list(tensor.shape)}")
+        fits = tensor.shape == shape or (slot != "adapter" and tensor.dim() == 0)
+        _need(fits and tensor.dtype in FLOATS, message, f"{name} of {tensor.dtype} {list(tensor.shape)}")
 
 
 def _open(allowed: Allowed, child: Child, message: Message) -> None:
@@ -122,11 +128,11 @@ def _forward(allowed: Allowed, _child: Child, message: Message) -> None:
     _need(all(_whole(n, 1, allowed.length) for n in lengths), message, f"rows not of 1 to {allowed.length} tokens")
     wanted = {"hidden_TD", "positions_N"} | ({"targets_N"} if allowed.targets else set())
     allowed_names = wanted | ({"position_ids_BS"} if allowed.packed else set())
-    _need(wanted <= set(tensors) <= allowed_names, message, f"tensors {sorted(tensors)}; {sorted(wanted)} are due")
+    _need(wanted <= set(tensors) <= allowed_names, message, f"tensors {_short(tensors)}; {sorted(wanted)} are due")
     tokens = sum(lengths)
     _floats(message, "hidden_TD", (tokens, allowed.width))
     count = tensors["positions_N"].shape[0] if tensors["positions_N"].dim() == 1 else 0
-    _need(1 <= count <= tokens, message, "no labelled positions, or more than tokens")
+    _need(count <= tokens, message, "more labelled positions than tokens")
     _integers(message, "positions_N", (count,), tokens)
     if allowed.targets:
         _integers(message, "targets_N", (count,), allowed.vocabulary)
@@ -140,16 +146,17 @@ def _forward(allowed: Allowed, _child: Child, message: Message) -> None:
 
 def _backward(allowed: Allowed, _child: Child, message: Message) -> None:
     _need(not allowed.targets, message, "a gradient, but the loss is not computed there")
-    _need(set(message.tensors) == {"gradient_ND"}, message, f"tensors {sorted(message.tensors)}; gradient_ND is due")
+    _need(set(message.tensors) == {"gradient_ND"}, message, f"tensors {_short(message.tensors)}; gradient_ND is due")
     shape = tuple(message.tensors["gradient_ND"].shape)
-    _need(len(shape) == 2 and 1 <= shape[0] <= allowed.rows * allowed.length, message, f"a gradient of {list(shape)}")
+    _need(len(shape) == 2 and shape[0] <= allowed.rows * allowed.length, message, f"a gradient of {list(shape)}")
     _floats(message, "gradient_ND", (shape[0], allowed.width))
 
 
 def _close(allowed: Allowed, child: Child, message: Message) -> None:
     norms = _mapping(message, "norms")
-    _need(set(norms) <= allowed.normed, message, "norms of tensors that are not below it")
-    _need(all(value is None or _real(value) for value in norms.values()), message, "norms that are no numbers")
+    _need(set(norms) == allowed.normed, message, "not the norms that are due")
+    fits = all(norm is None or (_real(norm) and 0 <= norm <= LARGEST_NORM) for norm in norms.values())
+    _need(fits, message, "squared norms that are none")
     _need(set(message.tensors) == set(allowed.summed), message, "not the gradients that are due")
     for name, tensor in message.tensors.items():
         _floats(message, name, tuple(allowed.summed[name]), tensor)
@@ -175,6 +182,7 @@ def _finish(allowed: Allowed, child: Child, message: Message) -> None:
         _floats(message, name, tuple(allowed.adapter[name]), tensor)
 
 
+_WITH_TENSORS = frozenset({"share", "forward", "backward", "close", "finish"})
 _CHECKS: dict[str, Callable[[Allowed, Child, Message], None]] = {
     "join": _join,
     "share": _share,
@@ -191,8 +199,10 @@ def _losses(child: Child, message: Message) -> None:
     losses = _mapping(message, "losses")
     for client, sums in losses.items():
         _need(_is_client(client, child), message, f"losses of client {client[:20]!r}, which is not below it")
-        fits = isinstance(sums, list) and len(sums) == 3 and all(_real(value) for value in sums)
-        _need(fits, message, "losses that are not loss, labels and tokens")
+        _need(isinstance(sums, list) and len(sums) == 3, message, "losses that are not loss, labels and tokens")
+        loss, *counts = sums
+        _need(loss is None or _real(loss), message, "a loss that is no number")
+        _need(all(_whole(count, 0, 1 << 53) for count in counts), message, "labels or tokens that are no counts")
 
 
 def _mapping(message: Message, key: str) -> Mapping[str, Any]:
@@ -203,7 +213,7 @@ def _mapping(message: Message, key: str) -> Mapping[str, Any]:
 
 
 def _is_client(text: str, child: Child) -> bool:
-    return text.isdecimal() and len(text) < 10 and int(text) in child.clients
+    return text.isdecimal() and len(text) < 10 and str(int(text)) == text and int(text) in child.clients
 
 
 def _floats(message: Message, name: str, shape: Iterable[int], tensor: torch.Tensor | None = None) -> None:
@@ -216,8 +226,8 @@ def _integers(message: Message, name: str, shape: tuple[int, ...], below: int) -
     found = message.tensors[name]
     fits = found.dtype == torch.int32 and tuple(found.shape) == shape
     _need(fits, message, f"{name} of {found.dtype} {list(found.shape)}; int32 of {list(shape)} are due")
-    low, high = torch.aminmax(found)
-    _need(int(low) >= 0 and int(high) < below, message, f"{name} beyond 0 to {below - 1}")
+    low, high = (int(end) for end in torch.aminmax(found)) if found.numel() else (0, -1)
+    _need(low >= 0 and high < below, message, f"{name} beyond 0 to {below - 1}")
 
 
 def _whole(value: Any, least: int, most: int) -> bool:
@@ -225,7 +235,11 @@ def _whole(value: Any, least: int, most: int) -> bool:
 
 
 def _real(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return (type(value) is int and abs(value) < 1 << 63) or (type(value) is float and math.isfinite(value))
+
+
+def _short(names: Iterable[str]) -> str:
+    return reprlib.repr(sorted(names))
 
 
 def _need(fits: bool, message: Message, found: str) -> None:

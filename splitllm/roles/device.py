@@ -7,6 +7,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -35,7 +36,7 @@ class Inline:
 class _Job:
     rank: tuple[int, int]
     call: Callable[[], Any] | None = field(compare=False)
-    result: asyncio.Future[Any] | None = field(compare=False, default=None)
+    result: Future[Any] = field(compare=False, default_factory=Future)
 
 
 class DeviceThread:
@@ -56,9 +57,13 @@ class DeviceThread:
 
     async def run(self, job: Callable[[], T], *, urgent: bool = False) -> T:
         """Wait for the job's turn and its result; if the waiting is cancelled before its turn, it is never run."""
-        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._jobs.put(_Job((0 if urgent else 1, next(self._order)), job, result))
-        return await result
+        mine = _Job((0 if urgent else 1, next(self._order)), job)
+        self._jobs.put(mine)
+        try:
+            result: T = await asyncio.wrap_future(mine.result)
+        finally:
+            mine.result.cancel()  # at once; without effect on one that runs or is done
+        return result
 
     def close(self) -> None:
         """End the thread after the jobs that wait."""
@@ -68,25 +73,14 @@ class DeviceThread:
     def _work(self, threads: int) -> None:
         torch.set_num_threads(threads)
         while (job := self._jobs.get()).call is not None:
-            assert job.result is not None
-            if not job.result.cancelled():
+            if job.result.set_running_or_notify_cancel():
                 _run(job.call, job.result)
 
 
-def _run(call: Callable[[], Any], result: asyncio.Future[Any]) -> None:
+def _run(call: Callable[[], Any], result: Future[Any]) -> None:
     try:
         value = call()
     except BaseException as error:  # noqa: BLE001 (whoever waits gets it)
-        _settle(result, lambda future, error=error: future.set_exception(error))  # type: ignore[misc]
-        return
-    _settle(result, lambda future: future.set_result(value))
-
-
-def _settle(result: asyncio.Future[Any], how: Callable[[asyncio.Future[Any]], None]) -> None:
-    def settle() -> None:
-        if not result.done():
-            how(result)
-
-    loop = result.get_loop()
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(settle)
+        result.set_exception(error)
+    else:
+        result.set_result(value)

@@ -10,14 +10,16 @@ same step.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from splitllm.errors import RejoinError
+from splitllm.errors import DivergedError, PeerError, RejoinError
+from splitllm.roles.absence import Absence
 from splitllm.roles.meeting import Meeting
+from splitllm.roles.order import Order
 from splitllm.roles.recovery import Decision, Standing, decide, standings_from_json
 from splitllm.roles.server import Server
 from splitllm.roles.together import Tensors
@@ -51,6 +53,10 @@ class Past(Protocol):
 
     def closing_words(self) -> dict[str, Any]:
         """What is told of the role at the end of the run."""
+        ...
+
+    def mark_finished(self) -> None:
+        """The run is complete, and stays so when the process ends."""
         ...
 
 
@@ -112,6 +118,12 @@ class Gate:
         children: names of the roles below.
         summit: at the top only.
         patience: seconds after which a child that is away is left out; None to wait for ever.
+        finished_at: the last step, where the run was complete before this process started.
+
+    Attributes:
+        members: the children that take part in the generation.
+        finished: set when the run is complete.
+        all_left: set when every child has said goodbye.
     """
 
     def __init__(
@@ -122,20 +134,24 @@ class Gate:
         *,
         summit: Summit | None = None,
         patience: float | None = None,
+        finished_at: int | None = None,
     ) -> None:
-        self.server, self.past, self.children, self.summit, self.patience = server, past, children, summit, patience
+        self.server, self.past, self.children, self.summit = server, past, children, summit
         self.members: list[str] = []
         self.finished = asyncio.Event()
-        self.all_left = asyncio.Event()
-        self._over: asyncio.Future[None] | None = None
+        self._finished_at = finished_at
+        if finished_at is not None:
+            self.finished.set()
+        self._absence = Absence(children, patience)
+        self.all_left = self._absence.all_left
+        self._begun: Begun | None = None
+        self._under_way: set[asyncio.Task[Message]] = set()
         self._joined: dict[str, tuple[Message, asyncio.Future[Message]]] = {}
         self._settling: asyncio.Task[None] | None = None
-        self._gathering_since = self._now()
-        self._away = dict.fromkeys(children, self._now())
-        self._left: set[str] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._stands_aside = False
         self._next = summit.first if summit is not None else 0
         self._meetings: dict[str, Meeting] = {}
+        self._order = Order(0)
         self._look_later()
 
     async def handle(self, message: Message) -> Message:
@@ -145,107 +161,104 @@ class Gate:
             RejoinError: it belongs to a generation that is over, or that ended while it was under way.
             PeerError: it breaks the protocol.
         """
+        if self._finished_at is not None:
+            return await self._late(message, self._finished_at)
         if message.kind == "join":
             return await self._join(message)
-        if self._over is None or message.generation != self.server.generation or message.sender not in self.members:
+        if self._begun is None or message.generation != self._begun.number or message.sender not in self.members:
             raise RejoinError(f"{self.server.name}: generation {message.generation} is over; join again")
         meeting = self._meetings.get(message.kind)
-        return await self._until_over(meeting.join(message) if meeting is not None else self.server.handle(message))
+        with self._order.turn(message):
+            return await self._until_over(meeting.join(message) if meeting is not None else self.server.handle(message))
 
     def away(self, child: str) -> None:
         """The connection of a child is gone."""
-        self._away.setdefault(child, self._now())
-        self._look_later()
+        self._absence.away(child)
 
     def back(self, child: str) -> None:
         """A child is connected."""
-        self._away.pop(child, None)
+        self._absence.back(child)
 
     def left(self, child: str) -> None:
-        """A child has said goodbye: the run is complete for it."""
-        self._left.add(child)
-        if self._left.issuperset(self.children):
-            self.all_left.set()
+        """A child has said goodbye: the run is complete for it, and nobody waits for it any more."""
+        self._absence.left(child)
+        if self._begun is None and self._settling is None:
+            self._settle_anew()
 
     # Whoever stays away for too long is left out.
 
-    def _given_up(self, child: str) -> bool:
-        """Whether the run goes on without a child that has not joined."""
-        if child in self._left:
-            return True
-        since = min(self._away.get(child, math.inf), self._gathering_since)
-        return self.patience is not None and self._now() - since >= self.patience
-
     def _look(self) -> None:
-        self._timer = None
-        lost = [child for child in self.members if self.patience is not None and self._long_away(child)]
-        if self._over is not None and lost:
-            self.end(f"{lost[0]} stayed away for {self.patience:g} seconds")
-        elif self._over is None and self._settling is None:
+        lost = [child for child in self.members if self._absence.lost(child)]
+        if self._begun is not None and lost:
+            self.end(f"{lost[0]} stayed away for {self._absence.patience:g} seconds")
+        if self._begun is None and self._settling is None:
             self._settle_anew()
-        if self._over is None or self._away:
-            self._look_later()
-
-    def _long_away(self, child: str) -> bool:
-        assert self.patience is not None
-        return self._now() - self._away.get(child, math.inf) >= self.patience
+        self._look_later()
 
     def _look_later(self) -> None:
-        if self.patience is not None and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(min(1.0, self.patience / 4), self._look)
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
+        if self._absence.patience is not None:
+            asyncio.get_running_loop().call_later(min(1.0, self._absence.patience / 4), self._look)
 
     # A generation ends.
 
     def end(self, reason: str) -> None:
         """End the generation: everybody must join again."""
-        if self._over is None:
+        if self._begun is None:
             return
         logger.info("generation over", extra={"fields": {"reason": reason}})
-        self._over.set_result(None)
-        self._over, self._joined, self._gathering_since = None, {}, self._now()
-        self._look_later()
+        self._begun, self._joined = None, {}
+        self._absence.gather()
+        for task in self._under_way:  # none of it may reach the device after the new generation
+            task.cancel()
 
-    async def _until_over(self, answer: Awaitable[Message]) -> Message:
-        """The answer, unless the generation ends first."""
-        over = self._over
-        assert over is not None
-        task = asyncio.ensure_future(answer)
-        try:
-            either: list[asyncio.Future[Any]] = [task, over]
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not task.done():
-                task.cancel()
-        if over.done() or not task.done():
+    async def _until_over(self, answer: Coroutine[Any, Any, Message]) -> Message:
+        """The answer, unless the generation ends first. It is worked out for the others even if its asker is gone."""
+        begun, task = self._begun, asyncio.create_task(answer)
+        self._under_way.add(task)
+        task.add_done_callback(lambda task: self._done(task, begun))
+        await asyncio.wait({task})
+        if task.cancelled() or self._begun is not begun:
             raise RejoinError(f"{self.server.name}: the run goes back to its last common step; join again")
-        error = task.exception()
-        if isinstance(error, RejoinError):
-            self.end("the role above began anew")
         return task.result()
+
+    def _done(self, task: asyncio.Task[Message], begun: Begun | None) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled() and isinstance(task.exception(), RejoinError) and self._begun is begun:
+            self.end("the role above began anew")
 
     # A generation begins.
 
     async def _join(self, message: Message) -> Message:
-        self.end(f"{message.sender} joined")
-        earlier = self._joined.pop(message.sender, None)
+        child, aside = message.sender, not message.header["standings"]
+        self.end(f"{child} joined")
+        self._absence.aside(child, stands=aside)
+        earlier = self._joined.pop(child, None)
         if earlier is not None:
             earlier[1].cancel()
         reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._joined[message.sender] = (message, reply)
+        if aside:
+            reply.set_result(self.server.message("join", message.micro_batch))
+        else:
+            self._joined[child], self._stands_aside = (message, reply), False
         self._settle_anew()
-        return await reply
+        try:
+            return await reply
+        finally:
+            if reply.cancelled() and child in self._joined and self._joined[child][1] is reply:
+                del self._joined[child]  # its process is gone
 
     def _settle_anew(self) -> None:
         """Begin, if all are here; what was decided without the newest of them is dropped."""
         if self._settling is not None:
             self._settling.cancel()
             self._settling = None
-        if self._joined and all(child in self._joined or self._given_up(child) for child in self.children):
+        if not all(child in self._joined or self._absence.given_up(child) for child in self.children):
+            return
+        if self._joined:
             self._settling = asyncio.create_task(self._settle())
+        elif self.server.uplink is not None and self._absence.patience is not None and not self._stands_aside:
+            self._settling = asyncio.create_task(self._stand_aside())
+        if self._settling is not None:
             self._settling.add_done_callback(self._settled)
 
     async def _settle(self) -> None:
@@ -253,34 +266,43 @@ class Gate:
         standings = {self.server.name: await self.server.device.run(self.past.standing, urgent=True)}
         for message, _ in joined.values():
             standings.update(standings_from_json(message.header["standings"]))
-        begun = await self._begun(standings)
+        begun = await self._decided(standings)
         await self.server.device.run(lambda: self._go_back(begun.decision), urgent=True)
-        self.members = list(joined)
-        self.server.begin(self.members, begun.number)
-        self._meetings = {
-            "share": Meeting(self.members, self._share),
-            "evaluated": Meeting(self.members, self._evaluated),
-            "finish": Meeting(self.members, self._finish),
-        }
-        self._over, self._joined = asyncio.get_running_loop().create_future(), {}
-        self._begun_now, self._settling = begun, None
-        logger.info("generation begins", extra={"fields": {"step": begun.decision.step, "members": self.members}})
+        self._begin(begun, list(joined))
         for message, reply in joined.values():
             if not reply.done():
                 reply.set_result(self.server.message("join", message.micro_batch, begun.header()))
 
+    def _begin(self, begun: Begun, members: list[str]) -> None:
+        self.members, self._begun, self._joined = members, begun, {}
+        self.server.begin(members, begun.number)
+        self._order = Order(begun.decision.step)
+        self._meetings = {
+            "share": Meeting(members, self._share),
+            "evaluated": Meeting(members, self._evaluated),
+            "finish": Meeting(members, self._finish),
+        }
+        logger.info("generation begins", extra={"fields": {"step": begun.decision.step, "members": members}})
+
+    async def _stand_aside(self) -> None:
+        """Nobody is left below: the roles above go on without this branch."""
+        assert self.server.uplink is not None
+        with contextlib.suppress(RejoinError):  # restarted, it waits for this branch as long as for any
+            await self.server.uplink.request(self.server.message("join", (0, 0, 0), {"standings": {}}))
+        self._stands_aside = True
+
     def _settled(self, task: asyncio.Task[None]) -> None:
         """Tell those who wait why nothing begins."""
-        error = None if task.cancelled() else task.exception()
-        if error is None:
+        if self._settling is not task or task.cancelled():  # a newer one has taken its place
             return
         self._settling = None
-        waiting, self._joined = self._joined, {}
+        error = task.exception()
+        waiting, self._joined = (self._joined, {}) if error is not None else ({}, self._joined)
         for _, reply in waiting.values():
-            if not reply.done():
+            if not reply.done() and error is not None:
                 reply.set_exception(error)
 
-    async def _begun(self, standings: Mapping[str, Standing]) -> Begun:
+    async def _decided(self, standings: Mapping[str, Standing]) -> Begun:
         if self.summit is not None:
             decision = decide(standings)
             self._next += 1
@@ -305,7 +327,8 @@ class Gate:
         states: Tensors = {}
         for message in messages:
             states.update(message.tensors)
-        decision, name = self._begun_now.decision, self.server.name
+        assert self._begun is not None
+        decision, name = self._begun.decision, self.server.name
         if name in decision.donors.values():
             states.update(self.past.state())
         if self.server.uplink is not None:
@@ -320,6 +343,8 @@ class Gate:
         step = messages[0].step
         self.server.crossed.since_asked()  # what an evaluation sends is not training traffic
         if self.summit is not None:
+            if any(sums[0] is None for sums in losses.values()):
+                raise DivergedError(f"step {step}: the evaluation loss is not finite; lower the learning rate")
             self.summit.evaluated(step, losses)
         else:
             assert self.server.uplink is not None
@@ -340,5 +365,20 @@ class Gate:
             assert self.server.uplink is not None
             step = messages[0].micro_batch
             await self.server.uplink.request(self.server.message("finish", step, {"roles": words}, adapter))
+        await self.server.device.run(self.past.mark_finished)  # before anybody leaves, and cannot be asked to come back
+        self._finished_at = messages[0].step
         self.finished.set()
         return lambda message: self.server.message("finish", message.micro_batch)
+
+    async def _late(self, message: Message, last: int) -> Message:
+        """The run is complete: whoever was lost at its very end has only to hear that, and no one above is needed."""
+        if message.kind == "finish":
+            return self.server.message("finish", message.micro_batch)
+        if message.kind != "join":
+            raise RejoinError(f"{self.server.name}: the run is complete; join again to hear so")
+        standings = standings_from_json(message.header["standings"])
+        standings[self.server.name] = await self.server.device.run(self.past.standing, urgent=True)
+        if any(last not in standing.steps for standing in standings.values()):
+            raise PeerError(f"the run is complete without {', '.join(sorted(standings))}: nothing is left to do")
+        begun = Begun(self.server.generation, Decision(last, {}, ()), evaluated=True)
+        return self.server.message("join", message.micro_batch, begun.header())

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from splitllm.errors import PeerError
+from splitllm.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def decide(standings: Mapping[str, Standing]) -> Decision:
         standings: by role; at least one.
 
     Raises:
-        PeerError: no step is left in every tier.
+        CheckpointError: no step is left in every tier.
     """
     common = set.intersection(*(set(standing.steps) for standing in standings.values()))
     if common:
@@ -66,7 +66,7 @@ def decide(standings: Mapping[str, Standing]) -> Decision:
         by_tier.setdefault(standing.tier, set()).update(standing.steps)
     possible = set.intersection(*by_tier.values())
     if not possible:
-        raise PeerError(_hopeless(standings))
+        raise CheckpointError(_hopeless(standings))
     step = max(possible)
     lacking = tuple(sorted(name for name, standing in standings.items() if step not in standing.steps))
     tiers = {standings[name].tier for name in lacking}

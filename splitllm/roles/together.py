@@ -14,6 +14,8 @@ from splitllm.wire.message import Message
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
+LARGEST_NORM = 1e300
+"""Of squared norms: sums of them stay finite, and what is larger has diverged in any precision."""
 
 
 def no_commit(_steps: int) -> None:
@@ -31,6 +33,11 @@ def expected(message: Message, name: str, shape: tuple[int, ...]) -> torch.Tenso
         found = "nothing" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"
         raise PeerError(f"{message.sender} sent {message.kind} with {found} as {name}; {list(shape)} is needed")
     return tensor
+
+
+def finite(value: float) -> float | None:
+    """A loss or squared norm as it travels: JSON has no infinity, so None stands for what is not finite."""
+    return value if abs(value) <= LARGEST_NORM else None
 
 
 async def gathered(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

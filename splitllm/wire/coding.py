@@ -1,6 +1,7 @@
 """Which codec each tensor of a message gets, the same for every link.
 
-Only activations and their gradients are coded, by direction; all else travels as it is. A training micro-batch carries
+Only activations and their gradients are coded, by direction; all else travels as it is, and so does an evaluation: it
+measures the adapter, not the codec. A training micro-batch carries
 its error on where the codec wants that and its forward names the rows of the training data it consists of.
 Suffixes: T real tokens, N labelled positions, D width.
 """
@@ -89,6 +90,8 @@ class Coding:
 
     def _pack(self, request: Message, message: Message, codecs: Mapping[str, str]) -> dict[str, Packed]:
         packed = {}
+        if not _trains(request):
+            codecs = {}  # an evaluation measures the adapter, not the codec
         for name, tensor in message.tensors.items():
             chosen, what = codecs.get(name, "none"), f"{name} of {message.sender}"
             rows = self._rows.get(request.micro_batch) if codec(chosen).feedback and _trains(request) else None

@@ -18,7 +18,7 @@ from splitllm.errors import PeerError
 
 Part = tuple[torch.dtype, tuple[int, ...]]
 GROUP = 32
-_INT8_SHARE, _INT4_SHARE = 128, 192  # one outlier channel among so many
+_INT8_SHARE, _INT4_SHARE = 128, 256  # one outlier channel among so many
 _SCALE = torch.finfo(torch.float8_e4m3fn).max
 _BOTH_HALVES = 65280.0  # the largest value that bf16 and fp16 both hold
 _LARGEST = torch.finfo(torch.float32).max

@@ -29,6 +29,7 @@ CODES: dict[Reason, grpc.StatusCode] = {
 }
 REASONS = {code: reason for reason, code in CODES.items()}
 STREAMS_A_CONNECTION = 8
+ENDING_SECONDS = 1.0
 TLS_REFUSALS = {
     "certificate has expired": "its certificate has expired; renew it there with splitllm certs",
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not of the CA that this role trusts",
@@ -47,6 +48,7 @@ def _options(keepalive: float) -> list[tuple[str, Any]]:
         ("grpc.max_receive_message_length", FRAME_BYTES),
         ("grpc.keepalive_time_ms", milliseconds),
         ("grpc.keepalive_timeout_ms", milliseconds),
+        ("grpc.http2.ping_timeout_ms", milliseconds),  # this is what ends a silent connection; else after 60 s
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", milliseconds // 2),
@@ -92,6 +94,10 @@ class Dialer:
         where = f"{self.server} at {self.address}"
         if code in REASONS:
             return Refused(REASONS[code], details)
+        if code is grpc.StatusCode.OK:
+            return Disconnected(f"{where} ended the connection")
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+            return Refused("invalid", f"{where}: a frame is longer than {FRAME_BYTES} bytes ({details})")
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return Refused("mismatch", f"{self.address} is no splitllm server")
         for mark, remedy in TLS_REFUSALS.items():
@@ -131,26 +137,34 @@ class DialledStream:
             frame = await self._call.read()
         except grpc.aio.AioRpcError as error:
             raise self._about(error) from error
+        except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+            raise await self._ended() from error
         return None if frame is grpc.aio.EOF else bytes(frame)
 
     async def write(self, frame: bytes) -> None:
         """Send a frame."""
         try:
-            await self._call.write(frame)
+            await self._call.wait_for_connection()
+            # Not `self._call.write`: where the other side has ended the call, it puts INTERNAL in place of the reason.
+            await self._call._cython_call.send_serialized_message(frame)
         except grpc.aio.AioRpcError as error:
             raise self._about(error) from error
-        except asyncio.InvalidStateError as error:  # the call ended between two writes
+        except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
             raise await self._ended() from error
 
     async def done_writing(self) -> None:
         """Say that no more frames will come."""
         try:
             await self._call.done_writing()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+        except (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError) as error:
             raise Disconnected("the call ended") from error
 
     async def _ended(self) -> Disconnected | Refused:
-        code, details = await self._call.code(), await self._call.details()
+        try:
+            async with asyncio.timeout(ENDING_SECONDS):  # the reason comes after all that is still to be read
+                code, details = await self._call.code(), await self._call.details()
+        except TimeoutError:
+            return Disconnected("the call ended")
         return self._about(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details))
 
 
@@ -164,7 +178,7 @@ class ServedStream:
         """The next frame, or None at the end."""
         try:
             frame = await self._context.read()
-        except (grpc.aio.UsageError, grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+        except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
             raise Disconnected(str(error)) from error
         return None if frame is grpc.aio.EOF else bytes(frame)
 
@@ -172,7 +186,7 @@ class ServedStream:
         """Send a frame."""
         try:
             await self._context.write(frame)
-        except (grpc.aio.UsageError, grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+        except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
             raise Disconnected(str(error)) from error
 
 
@@ -192,6 +206,7 @@ class Listener:
         self, address: str, serve: Serve, credentials: Credentials | None, keepalive: float, streams: int
     ) -> None:
         self.address, self._serve, self._credentials = address, serve, credentials
+        self._open: set[asyncio.Future[None]] = set()
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=[
@@ -215,7 +230,7 @@ class Listener:
             port = self._bind()
         except RuntimeError as error:
             reason = "the address is in use, or is not one of this machine"
-            raise OSError(None, f"cannot listen ({reason})", self.address) from error
+            raise OSError(f"cannot listen on {self.address}: {reason}") from error
         await self._server.start()
         await self._tell(health_pb2.HealthCheckResponse.SERVING)
         return port
@@ -223,7 +238,13 @@ class Listener:
     async def stop(self, grace: float) -> None:
         """Take no new streams, let those that are open end, and after `grace` seconds end them."""
         await self._tell(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.stop(grace)
+        stopping = asyncio.create_task(self._server.stop(grace + ENDING_SECONDS))
+        await asyncio.sleep(0)
+        if self._open:
+            _, late = await asyncio.wait(self._open, timeout=grace)
+            for serving in late:  # left to gRPC, this would be a traceback in the log
+                serving.cancel()
+        await stopping
 
     def _bind(self) -> int:
         if self._credentials is None:
@@ -241,9 +262,17 @@ class Listener:
 
     async def _exchange(self, _frames: Any, context: grpc.aio.ServicerContext) -> None:
         identity = peer_name(context.auth_context()) if self._credentials is not None else None
+        if self._credentials is not None and identity is None:
+            await context.abort(CODES["identity"], "the certificate names no role; issue it with splitllm certs")
+        serving = asyncio.ensure_future(self._serve(ServedStream(context), identity))
+        self._open.add(serving)
+        serving.add_done_callback(self._open.discard)
         try:
-            await self._serve(ServedStream(context), identity)
+            await serving
         except Refused as refused:
             await context.abort(CODES[refused.reason], str(refused))
-        except Disconnected:
+        except (
+            Disconnected,
+            asyncio.CancelledError,
+        ):  # gRPC cancels what serves a lost caller, and would log it
             return

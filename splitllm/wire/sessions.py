@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from splitllm.errors import PeerError, SplitLLMError
@@ -20,7 +20,7 @@ from splitllm.wire.coding import Coding
 from splitllm.wire.envelopes import error_envelope, reply_envelope, request_of
 from splitllm.wire.frames import VERSION, Envelope, FrameType, to_frames
 from splitllm.wire.message import Message
-from splitllm.wire.stream import Disconnected, Refused, Stream
+from splitllm.wire.stream import Disconnected, Refused, Stream, first_error
 
 logger = logging.getLogger(__name__)
 HELLO_SECONDS = 20.0
@@ -37,7 +37,7 @@ class Reception:
             told, or Refused.
         answer: answers a request that passed `check`.
         check: raises PeerError for a request that the recipe does not allow.
-        room: requests of a child under way at once; more are not read (backpressure).
+        room: requests of a child under way at once; it is told, and more are not read (backpressure).
         coding: codecs of the link to a child.
         limits: of what a child may send at once.
         back, away, left: told when a child is connected, is no longer, and has said goodbye.
@@ -56,34 +56,63 @@ class Reception:
     fatal: Callable[[BaseException], None]
 
 
+@dataclass(eq=False)
+class Connection:
+    """One stream of a session.
+
+    Attributes:
+        due: numbers whose answers are to be sent over it, in this order; the answers themselves lie with the session.
+        last: frames to send before anything else, when the run is over.
+        more: set when something is due.
+        replaced: set when the child has connected anew.
+    """
+
+    due: dict[int, None] = field(default_factory=dict)
+    last: list[bytes] = field(default_factory=list)
+    more: asyncio.Event = field(default_factory=asyncio.Event)
+    replaced: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class Session:
-    """One run of one child's process."""
+    """One run of one child's process.
+
+    Attributes:
+        answers: number -> its answer, being computed or not yet known to have arrived: frames, or why the child must
+            not go on. There are never more than `most`.
+    """
 
     def __init__(self, name: str, incarnation: str, room: int, coding: Coding) -> None:
         self.name, self.incarnation, self.coding = name, incarnation, coding
         self.room, self.most = asyncio.Semaphore(room), 4 * room + 16
-        self.answers: dict[int, asyncio.Task[list[bytes]]] = {}
-        self.outbox: asyncio.Queue[list[bytes] | PeerError] | None = None
+        self.answers: dict[int, asyncio.Future[list[bytes] | Refused]] = {}
+        self.connection: Connection | None = None
         self.bytes_up = self.bytes_down = self.requests = 0
 
-    def attach(self) -> asyncio.Queue[list[bytes] | PeerError]:
+    def attach(self) -> Connection:
         """A new connection; one that seems to be open still is replaced."""
-        if self.outbox is not None:
-            self.outbox.put_nowait(Disconnected(f"{self.name} has connected anew"))
-        self.outbox = asyncio.Queue()
-        return self.outbox
+        if self.connection is not None:
+            self.connection.replaced.set()
+        self.connection = Connection()
+        return self.connection
 
-    def detach(self, outbox: asyncio.Queue[list[bytes] | PeerError]) -> bool:
+    def detach(self, connection: Connection) -> bool:
         """A connection is gone; whether it was the newest."""
-        if self.outbox is not outbox:
+        if self.connection is not connection:
             return False
-        self.outbox = None
+        self.connection = None
         return True
 
-    def send(self, frames: list[bytes] | PeerError) -> None:
-        """Send, if there is a connection; else the child will ask again."""
-        if self.outbox is not None:
-            self.outbox.put_nowait(frames)
+    def send(self, number: int) -> None:
+        """Send an answer, if there is a connection; else the child will ask again."""
+        if self.connection is not None:
+            self.connection.due[number] = None
+            self.connection.more.set()
+
+    def drop(self, number: int) -> None:
+        """The child does not need this answer: forget it, now or when it is computed."""
+        answer = self.answers.get(number)
+        if answer is not None:
+            answer.add_done_callback(lambda _: self._discard(number))
 
     def forget(self) -> None:
         """The process that asked is gone."""
@@ -91,17 +120,26 @@ class Session:
             answer.cancel()
         self.answers.clear()
 
+    def _discard(self, number: int) -> None:
+        self.answers.pop(number, None)
+        if self.connection is not None:
+            self.connection.due.pop(number, None)
+
 
 class Sessions:
     """The children of one server.
+
+    Args:
+        reception: what it does with them.
+        hello_seconds: within which a connection must begin with a hello.
 
     Attributes:
         by_name: the newest session of every child.
         refused: how many connections were refused, by reason.
     """
 
-    def __init__(self, reception: Reception) -> None:
-        self._reception = reception
+    def __init__(self, reception: Reception, hello_seconds: float = HELLO_SECONDS) -> None:
+        self._reception, self._hello_seconds = reception, hello_seconds
         self._incarnation = secrets.token_hex(8)
         self.by_name: dict[str, Session] = {}
         self.refused: dict[str, int] = {}
@@ -123,126 +161,136 @@ class Sessions:
     def tell_all(self, error: SplitLLMError) -> None:
         """The run is over for everybody; number 0 answers no request in particular."""
         for session in self.by_name.values():
-            session.send(to_frames(error_envelope(0, error)))
+            if session.connection is not None:
+                session.connection.last = to_frames(error_envelope(0, error))
+                session.connection.more.set()
 
     async def _serve(self, stream: Stream, identity: str | None) -> None:
         session, welcome = await self._enter(stream, identity)
-        outbox = session.attach()
+        connection = session.attach()
         try:
             for frame in to_frames(Envelope(FrameType.WELCOME, 0, welcome)):
                 await stream.write(frame)
             self._reception.back(session.name)
             logger.info("connected", extra={"fields": {"child": session.name}})
-            await self._talk(stream, session, outbox)
+            await self._talk(stream, session, connection)
         finally:
-            if session.detach(outbox):
+            if session.detach(connection):
                 self._reception.away(session.name)
                 logger.info("disconnected", extra={"fields": {"child": session.name}})
 
     async def _enter(self, stream: Stream, identity: str | None) -> tuple[Session, dict[str, Any]]:
         """Shake hands."""
         try:
-            async with asyncio.timeout(HELLO_SECONDS):
+            async with asyncio.timeout(self._hello_seconds):
                 hello = await _next(stream, Assembler(HELLO_LIMITS))
         except TimeoutError:
-            raise Refused("invalid", f"no hello within {HELLO_SECONDS:g} seconds") from None
+            raise Refused("invalid", f"no hello within {self._hello_seconds:g} seconds") from None
         if hello is None or hello.type is not FrameType.HELLO:
             raise Refused("invalid", "a connection begins with a hello")
-        values = hello.values
+        values, incarnation = hello.values, hello.values.get("incarnation")
         if values.get("protocol") != VERSION:
             raise Refused(
                 "mismatch", f"protocol {str(values.get('protocol'))[:20]} is not that of this server, {VERSION}"
             )
         name, welcome = self._reception.admit(values, identity)
-        incarnation = values.get("incarnation")
         if not isinstance(incarnation, str) or not 1 <= len(incarnation) <= 64:
             raise Refused("invalid", f"{name}: the hello names no incarnation")
-        return self._session(name, incarnation), {**welcome, "incarnation": self._incarnation}
+        room = self._reception.room(name)
+        return self._session(name, incarnation, room), {**welcome, "incarnation": self._incarnation, "room": room}
 
-    def _session(self, name: str, incarnation: str) -> Session:
+    def _session(self, name: str, incarnation: str, room: int) -> Session:
         known = self.by_name.get(name)
         if known is not None and known.incarnation == incarnation:
             return known
-        if known is not None and known.outbox is not None:
+        if known is not None and known.connection is not None:
             raise Refused("taken", f"another process is connected as {name}: every role runs once; stop one of them")
         if known is not None:
             known.forget()
-        self.by_name[name] = Session(name, incarnation, self._reception.room(name), self._reception.coding())
+        self.by_name[name] = Session(name, incarnation, room, self._reception.coding())
         return self.by_name[name]
 
-    async def _talk(self, stream: Stream, session: Session, outbox: asyncio.Queue[list[bytes] | PeerError]) -> None:
-        """Read requests and send answers, until either ends."""
-        jobs = {asyncio.create_task(self._read(stream, session)), asyncio.create_task(_write(stream, session, outbox))}
+    async def _talk(self, stream: Stream, session: Session, connection: Connection) -> None:
+        """Read requests and send answers, until either ends or another connection takes over."""
+        jobs = {
+            asyncio.create_task(self._read(stream, session, connection)),
+            asyncio.create_task(_write(stream, session, connection)),
+            asyncio.create_task(_until_replaced(session, connection)),
+        }
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for job in jobs:
                 job.cancel()
             await asyncio.wait(jobs)
-        for job in done:
-            if (error := job.exception()) is not None:
-                raise error
+        if (error := first_error(done)) is not None:
+            raise error
 
-    async def _read(self, stream: Stream, session: Session) -> None:
+    async def _read(self, stream: Stream, session: Session, connection: Connection) -> None:
         assembler = Assembler(self._reception.limits)
         try:
             while (envelope := await _next(stream, assembler, session)) is not None:
                 if envelope.type is FrameType.GOODBYE:
+                    for number in session.answers:
+                        session.drop(number)
                     self._reception.left(session.name)
                     return
-                await self._accept(envelope, session)
+                await self._accept(envelope, session, connection)
         except (Refused, Disconnected):
             raise
         except PeerError as error:
             raise Refused("invalid", str(error)) from error
 
-    async def _accept(self, envelope: Envelope, session: Session) -> None:
+    async def _accept(self, envelope: Envelope, session: Session, connection: Connection) -> None:
         """Start answering a request, or answer it again; waits while too many are under way."""
         message, received = request_of(envelope, session.name)
         for number in received:
-            answer = session.answers.get(number)
-            if answer is not None and answer.done():
-                del session.answers[number]
+            session.drop(number)
         known = session.answers.get(envelope.number)
         if known is not None:
             if known.done():
-                session.send(known.result())
+                session.send(envelope.number)
             return
         self._reception.check(message)
         if len(session.answers) >= session.most:
             raise PeerError(f"{session.name} does not say which answers it has: {len(session.answers)} are kept for it")
         await session.room.acquire()
+        if session.connection is not connection:  # what waited here may be asked, or answered, over the new one
+            session.room.release()
+            raise Disconnected(f"{session.name} has connected anew")
         session.requests += 1
         session.answers[envelope.number] = task = asyncio.create_task(self._answer(envelope.number, message, session))
         task.add_done_callback(lambda task: self._answered(envelope.number, message, session, task))
 
-    async def _answer(self, number: int, message: Message, session: Session) -> list[bytes]:
-        session.coding.note_request(message)
-        reply = await self._reception.answer(message)
-        return to_frames(reply_envelope(number, reply, session.coding.pack_reply(message, reply)))
+    async def _answer(self, number: int, message: Message, session: Session) -> list[bytes] | Refused:
+        """The frames of the answer, or of a passing state; or what the child is told as it is turned away."""
+        try:
+            session.coding.note_request(message)
+            reply = await self._reception.answer(message)
+            return to_frames(reply_envelope(number, reply, session.coding.pack_reply(message, reply)))
+        except Refused as refused:
+            return refused
+        except SplitLLMError as error:
+            if type(error) is PeerError:
+                return Refused("invalid", str(error))
+            if not isinstance(error, PeerError):
+                self._reception.fatal(error)
+            return to_frames(error_envelope(number, error))
 
-    def _answered(self, number: int, message: Message, session: Session, task: asyncio.Task[list[bytes]]) -> None:
+    def _answered(
+        self, number: int, message: Message, session: Session, task: asyncio.Task[list[bytes] | Refused]
+    ) -> None:
         session.room.release()
         if task.cancelled():
             session.answers.pop(number, None)
             return
-        error = task.exception()
-        if error is None:
-            session.send(task.result())
-            return
-        session.answers.pop(number, None)
-        session.send(self._failure(number, message, error))
+        if (error := task.exception()) is not None:
+            session.answers[number] = told = asyncio.get_running_loop().create_future()
+            told.set_result(self._broken(message, error))
+        session.send(number)
 
-    def _failure(self, number: int, message: Message, error: BaseException) -> list[bytes] | PeerError:
-        """What a child is told of an error: a passing state, its own fault, or this server's."""
-        if isinstance(error, PeerError) and type(error) is PeerError:
-            return Refused("invalid", str(error))
-        if isinstance(error, Refused):
-            return error
-        if isinstance(error, SplitLLMError):
-            if not isinstance(error, PeerError):
-                self._reception.fatal(error)
-            return to_frames(error_envelope(number, error))
+    def _broken(self, message: Message, error: BaseException) -> Refused:
+        """This server has a defect."""
         logger.error(
             "internal error", exc_info=error, extra={"fields": {"kind": message.kind, "child": message.sender}}
         )
@@ -253,14 +301,36 @@ class Sessions:
         )
 
 
-async def _write(stream: Stream, session: Session, outbox: asyncio.Queue[list[bytes] | PeerError]) -> None:
+async def _write(stream: Stream, session: Session, connection: Connection) -> None:
+    """Send what is due. Answers wait with the session, so a child that does not read fills no queue."""
     while True:
-        frames = await outbox.get()
-        if isinstance(frames, PeerError):
-            raise frames
-        for frame in frames:
-            session.bytes_down += len(frame)
-            await stream.write(frame)
+        await connection.more.wait()
+        connection.more.clear()
+        while connection.last or connection.due:
+            frames = connection.last or _take(session, connection)
+            connection.last = []
+            for frame in frames:
+                await stream.write(frame)
+                session.bytes_down += len(frame)
+
+
+def _take(session: Session, connection: Connection) -> list[bytes]:
+    """The next answer that is due, if the child still needs it."""
+    number = next(iter(connection.due))
+    del connection.due[number]
+    answer = session.answers.get(number)
+    if answer is None:
+        return []
+    found = answer.result()
+    if isinstance(found, Refused):
+        del session.answers[number]
+        raise found
+    return found
+
+
+async def _until_replaced(session: Session, connection: Connection) -> None:
+    await connection.replaced.wait()
+    raise Disconnected(f"{session.name} has connected anew")
 
 
 async def _next(stream: Stream, assembler: Assembler, session: Session | None = None) -> Envelope | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import Iterator
-from typing import Literal, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, Protocol
 
 from splitllm.errors import PeerError
 
+LONGEST = 600  # characters, so that a reason fits into the trailers of a call
 Reason = Literal["invalid", "identity", "mismatch", "taken", "internal"]
 
 
@@ -17,11 +19,11 @@ class Refused(PeerError):
     Args:
         reason: invalid (what was sent breaks the protocol), identity (the certificate), mismatch (another recipe, model
             or version), taken (another process has the name), internal (an error there).
-        text: one line for the user.
+        text: one line for the user, cut to `LONGEST` characters: peers' words may be in it.
     """
 
     def __init__(self, reason: Reason, text: str) -> None:
-        super().__init__(text)
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}...")
         self.reason = reason
 
 
@@ -55,3 +57,9 @@ def backoff(first: float = 0.1, longest: float = 5.0) -> Iterator[float]:
     while True:
         yield wait * random.uniform(0.5, 1.0)
         wait = min(longest, 2 * wait)
+
+
+def first_error(jobs: Iterable[asyncio.Task[Any]]) -> BaseException | None:
+    """What ended the jobs of one stream: if they differ, the reason rather than that the connection is gone."""
+    errors = [error for job in jobs if not job.cancelled() and (error := job.exception()) is not None]
+    return min(errors, key=lambda error: isinstance(error, Disconnected), default=None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
 
 from splitllm.errors import PeerError
 from splitllm.roles.assembly import Roles
-from splitllm.roles.server import add_into
+from splitllm.roles.together import add_into
 from splitllm.wire.message import Message
 from tests.families import corpus, recipe, roles_of
 from tests.test_exactness import one_step, with_moved_b
@@ -56,7 +57,7 @@ def test_an_evaluated_micro_batch_waits_for_no_gradient(wire: Wire) -> None:
 
 def test_a_coordinator_computes_nothing() -> None:
     hidden = {"hidden_TD": torch.zeros(3, 32), "positions_N": torch.tensor([0])}
-    header = {"lengths": [3], "train": True, "input_gradient": False}
+    header = {"lengths": [3], "train": False, "input_gradient": False}
     with pytest.raises(PeerError, match="coordinator only coordinates: it holds no blocks"):
         ask(roles([]), Message("forward", "client-0", (0, 0, 0), header, hidden))
     with pytest.raises(PeerError, match="not waiting for one"):
@@ -126,3 +127,48 @@ def test_sums_are_made_by_name_and_leave_the_terms_alone() -> None:
     add_into(sums, second)
     assert sums["a"].tolist() == [4.0, 4.0] and sums["b"].tolist() == [1.0]
     assert first["a"].tolist() == [1.0, 1.0] and second["a"].tolist() == [3.0, 3.0]
+
+
+def test_a_micro_batch_that_was_not_announced_or_comes_twice_is_refused(wire: Wire) -> None:
+    several = roles([2, 4])
+    one_step(several)
+    sent = next(message for message, _ in wire if message.kind == "forward" and message.sender == "client-0")
+    with pytest.raises(PeerError, match=r"client-0 sent .*step=0.*, which is not due, or for the second time"):
+        ask(several, sent)
+    with pytest.raises(PeerError, match="which is not due"):
+        ask(several, replace(sent, micro_batch=(7, 0, 0)))
+
+
+def test_a_step_is_not_closed_while_a_gradient_is_missing() -> None:
+    several = roles([2])
+
+    async def run() -> None:
+        links = several.links["client"]
+        opens = [Message("open", f"client-{n}", (0, n, 0), {"labels": {n: [3]}}) for n in range(2)]
+        await asyncio.gather(*(link.request(message) for link, message in zip(links, opens, strict=True)))
+        await links[0].request(Message("close", "client-0", (0, 0, 0), {"norms": {}, "losses": {}, "bytes": {}}))
+
+    with pytest.raises(PeerError, match=r"client-0 closes step 0, but .*client=0, number=0.* has no gradient yet"):
+        asyncio.run(run())
+
+
+def test_what_was_under_way_is_forgotten_when_a_generation_begins(wire: Wire) -> None:
+    several = roles([2])
+    one_step(several)
+    server = several.links["client"][0]._handler.__self__  # type: ignore[attr-defined]
+    server.begin(["client-0", "client-1"], 7)
+    sent = next(message for message, _ in wire if message.kind == "forward")
+    with pytest.raises(PeerError, match="which is not due"):
+        ask(several, sent)
+    assert server.message("open", (0, 0, 0)).generation == 7
+
+
+def test_a_step_is_observed_before_it_is_committed_and_committed_before_anybody_is_told() -> None:
+    several, events = roles([2]), list[str]()
+    server = several.links["client"][0]._handler.__self__  # type: ignore[attr-defined]
+    server.commit = lambda steps: events.append(f"cloud {steps}")
+    server.top = replace(server.top, observe=lambda step, sums: events.append(f"observed {step} {sorted(sums.losses)}"))
+    for client in several.clients:
+        client.commit = lambda steps, name=client.name: events.append(f"{name} {steps}")  # type: ignore[misc]
+    one_step(several)
+    assert events[:2] == ["observed 0 [0, 1]", "cloud 1"] and sorted(events[2:]) == ["client-0 1", "client-1 1"]

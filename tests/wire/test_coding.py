@@ -83,13 +83,19 @@ def test_rows_of_another_client_have_errors_of_their_own() -> None:
     assert hidden(coding, forward(1, client=2)) == plain(forward().tensors["hidden_TD"])
 
 
-@pytest.mark.parametrize("header", [{"train": False}, {"rows": None}], ids=["evaluation", "no rows"])
-def test_without_training_or_rows_the_codec_works_without_feedback(header: dict[str, Any]) -> None:
+def test_without_rows_the_codec_works_without_feedback() -> None:
     coding = Coding("int4")
     for step in range(3):
-        request = forward(step, **header)
-        request = replace(request, header={key: value for key, value in request.header.items() if value is not None})
+        request = forward(step)
+        request = replace(request, header={key: value for key, value in request.header.items() if key != "rows"})
         assert hidden(coding, request) == plain(request.tensors["hidden_TD"])
+
+
+def test_an_evaluation_travels_as_it_is() -> None:
+    coding, request = Coding("int4", "int4"), forward(-1, train=False)
+    answer = reply(request, rows_ND=random(3, WIDTH))
+    assert torch.equal(unpack(coding.pack_request(request)["hidden_TD"]), request.tensors["hidden_TD"])
+    assert torch.equal(unpack(coding.pack_reply(request, answer)["rows_ND"]), answer.tensors["rows_ND"])
 
 
 def test_an_evaluation_between_two_steps_changes_nothing() -> None:

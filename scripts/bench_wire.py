@@ -1,0 +1,414 @@
+"""What the wire costs: a deployment of real processes beside one process, a slow link, and the codecs.
+
+    python scripts/bench_wire.py --data DIR/e2e --tokenizer DIR/gpt2-tokenizer --stories DIR/stories260K \\
+        --output docs/benchmarks/wire.md
+
+(a) client, edge and cloud as processes over mutual TLS, one thread each, over `splitllm train` with as many threads as
+there are cores: real tokens per second of GPT-2 small on E2E rows, pairs of runs back to back. (b) The same deployment
+through a relay with 40 ms round trip and 200 Mbit/s on both hops, over the relay without delay; micro-batches in flight
+and strictly one after another. (c) Bytes by codec, and the held-out loss of stories260K after fine-tuning on E2E with
+each.
+The exit status is 1 if a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from splitllm.wire.codecs import pack
+from splitllm.wire.envelopes import request_values
+from splitllm.wire.frames import Envelope, FrameType, frames_bytes
+from splitllm.wire.issuing import issue
+from splitllm.wire.message import Message
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+ROLES = ("cloud", "edge", "client")
+SKIPPED = 1  # steps of every run that are not counted: memory is still being taken
+CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk:0.25")
+BARS = {"a": 0.90, "b": 0.85}
+BYTE_BARS = {"int8": 1.05, "int4": 0.55}
+LOSS_BARS = {"int8": 0.005, "int4": 0.015}
+RTT_MS, MBIT = 40, 200
+BEGIN, END = "<!-- written by scripts/bench_wire.py: begin -->", "<!-- end -->"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One way of running: real tokens per second, one entry a run."""
+
+    name: str
+    rates: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rates)
+
+
+def ratio(one: Speed, other: Speed) -> float:
+    """The median over pairs of runs."""
+    return statistics.median(a / b for a, b in zip(one.rates, other.rates, strict=True))
+
+
+def draw_base(tokenizer: Path, folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(tokenizer, **SMALL, **NO_DROPOUT)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def recipe_of(
+    options: argparse.Namespace, base: Path, tokenizer: Path, cuts: Sequence[int], **train: Any
+) -> dict[str, Any]:
+    return {
+        "model": {"base": str(base), "tokenizer": str(tokenizer)},
+        "split": {"tiers": {"client": 1, "edge": 1, "cloud": 1}, "cuts": list(cuts), "labels": "cloud"},
+        "lora": {"rank": 4, "alpha": 32},
+        "data": {"source": str(options.data / "train.jsonl.gz"), "eval_fraction": 0.01, "limit": options.rows},
+        "train": {"batch_size": 8, "optimizer": {"lr": 2.0e-4}, "schedule": {"name": "constant"}, **train},
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def local_run(recipe: Mapping[str, Any], folder: Path) -> float:
+    """`splitllm train`; tokens per second after the steps that are not counted."""
+    path = folder / "local.yaml"
+    path.write_text(yaml.safe_dump(dict(recipe)))
+    command = [sys.executable, "-m", "splitllm", "train", str(path), "--output-dir", str(folder / "local")]
+    subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
+    return rate(folder / "local" / "metrics.jsonl")
+
+
+def deployed_run(recipe: Mapping[str, Any], folder: Path, relay: Sequence[str] | None = None) -> float:
+    """Three processes over mutual TLS, each hop through a relay where one is asked for."""
+    issue(folder / "certs", ROLES)
+    listen = {name: f"127.0.0.1:{free_port()}" for name in ("edge", "cloud")}
+    with ExitStack() as stack:
+        reached = listen if relay is None else {n: stack.enter_context(relayed(a, relay)) for n, a in listen.items()}
+        wire = {"addresses": reached, "certificates": str(folder / "certs")}
+        path = folder / "deployed.yaml"
+        path.write_text(yaml.safe_dump({**recipe, "wire": wire}))
+        running = [start(role, path, folder, listen.get(role)) for role in ROLES]
+        try:
+            codes = [process.wait(1800) for process in running]
+        finally:
+            for process in running:
+                process.kill()
+    if any(codes):
+        raise SystemExit(f"a role failed: {dict(zip(ROLES, codes, strict=True))}; see {folder}")
+    return rate(folder / "cloud" / "metrics.jsonl")
+
+
+def start(role: str, recipe: Path, folder: Path, listen: str | None) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "splitllm", role, str(recipe), "--output-dir", str(folder / role)]
+    if listen is not None:
+        command += ["--listen", listen]
+    with (folder / f"{role}.log").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment())
+
+
+@contextmanager
+def relayed(address: str, arguments: Sequence[str]) -> Iterator[str]:
+    """The address of a relay to `address`."""
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "relay.py"),
+        "--listen",
+        "127.0.0.1:0",
+        "--to",
+        address,
+        *arguments,
+    ]
+    relay = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert relay.stdout is not None
+        yield relay.stdout.readline().split()[-1]
+    finally:
+        relay.send_signal(signal.SIGTERM)
+        relay.wait(10)
+
+
+def rate(metrics: Path) -> float:
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    counted = [record for record in records if record["event"] == "train"][SKIPPED:]
+    return float(sum(r["tokens"] for r in counted) / sum(r["seconds"] for r in counted))
+
+
+def interleaved(options: argparse.Namespace, ways: Mapping[str, Any], title: str) -> list[Speed]:
+    """Every way in turn, so that a machine that grows slower or faster does so for all."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(options.pairs):
+        for name, way in ways.items():
+            with tempfile.TemporaryDirectory(prefix="bench-wire-") as folder:
+                found[name].append(way(Path(folder)))
+            print(
+                f"({title}) round {number + 1} of {options.pairs}: {name}: {found[name][-1]:.1f} tokens/s", flush=True
+            )
+    return [Speed(name, rates) for name, rates in found.items()]
+
+
+def measure_speed(options: argparse.Namespace, base: Path) -> list[Speed]:
+    cores = len(os.sched_getaffinity(0))
+    common = {"steps": SKIPPED + options.steps, "accumulate": 8, "in_flight": 4}
+    local = recipe_of(options, base, options.tokenizer, options.cuts, threads=cores, **common)
+    deployed = recipe_of(options, base, options.tokenizer, options.cuts, threads=1, **common)
+    ways = {"one process": lambda d: local_run(local, d), "deployment": lambda d: deployed_run(deployed, d)}
+    return interleaved(options, ways, "a")
+
+
+def measure_relay(
+    options: argparse.Namespace, base: Path, tokenizer: Path, cuts: Sequence[int], many: int
+) -> list[Speed]:
+    steps = SKIPPED + options.steps
+    piped = recipe_of(options, base, tokenizer, cuts, threads=1, steps=steps, accumulate=many, in_flight=8)
+    alone = recipe_of(options, base, tokenizer, cuts, threads=1, steps=steps, accumulate=many, in_flight=1)
+    slow = ["--rtt-ms", str(RTT_MS), "--mbit", str(MBIT)]
+    ways = {
+        "no delay, 8 in flight": lambda d: deployed_run(piped, d, []),
+        "40 ms and 200 Mbit/s, 8 in flight": lambda d: deployed_run(piped, d, slow),
+        "40 ms and 200 Mbit/s, one after another": lambda d: deployed_run(alone, d, slow),
+        "no delay, one after another": lambda d: deployed_run(alone, d, []),
+    }
+    return interleaved(options, ways, "b")
+
+
+def measure_bytes() -> list[dict[str, Any]]:
+    """A micro-batch of 8 rows as they are in E2E: 400 tokens, 196 of them labelled."""
+    rows = []
+    lengths = [44, 46, 48, 49, 51, 52, 54, 56]
+    tokens, labels = sum(lengths), 196
+    for width in (768, 2048):
+        hidden_TD = torch.randn(tokens, width, generator=torch.Generator().manual_seed(width))
+        small = {
+            "positions_N": torch.arange(labels, dtype=torch.int32),
+            "targets_N": torch.arange(labels, dtype=torch.int32),
+        }
+        header = {"lengths": lengths, "train": True, "input_gradient": True}
+        message = Message(
+            "forward", "client-0", (100, 0, 3), header, {"hidden_TD": hidden_TD, **small}, 1_800_000_000_000
+        )
+        for name in CODECS:
+            coded = pack(hidden_TD, name)
+            packed = {"hidden_TD": coded, **{key: pack(value, "none") for key, value in small.items()}}
+            up = frames_bytes(Envelope(FrameType.REQUEST, 1000, request_values(message, [999]), packed))
+            down = frames_bytes(
+                Envelope(FrameType.REPLY, 1000, {"header": {"loss": 123.456789012345}}, {"gradient_TD": coded})
+            )
+            bar = BYTE_BARS.get(name)
+            sizes = {"tensor": coded.nbytes / tokens, "up": up / tokens, "down": down / tokens}
+            worst = max(sizes.values()) / width
+            rows.append({"width": width, "codec": name, **sizes, "over_width": worst, "bar": bar})
+    return rows
+
+
+def measure_losses(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in CODECS}
+    for seed in range(options.seeds):
+        for name in CODECS:
+            recipe = recipe_of(
+                options,
+                options.stories,
+                options.stories,
+                [1, 3],
+                steps=options.loss_steps,
+                threads=options.threads,
+                verify_adapter=True,
+            )
+            recipe["train"]["optimizer"] = {"lr": 2.0e-3}
+            recipe["data"] |= {"limit": 4000, "eval_fraction": 0.05}
+            recipe |= {"seed": seed, "wire": {"up": name, "down": name}}
+            with tempfile.TemporaryDirectory(prefix="bench-wire-") as folder:
+                local_run(recipe, Path(folder))
+                summary = json.loads((Path(folder) / "local" / "summary.json").read_text())
+                summary["train_loss"] = training_loss(Path(folder) / "local" / "metrics.jsonl")
+            keys = ("eval_loss_after", "unsplit_loss_after", "train_loss")
+            found[name].append({key: summary[key] for key in keys})
+            print(f"(c) seed {seed}, {name}: {found[name][-1]}", flush=True)
+    return found
+
+
+def training_loss(metrics: Path, last: int = 20) -> float:
+    """The mean of the last steps: what the codec does to the loss while it is at work."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return statistics.mean([record["loss"] for record in records if record["event"] == "train"][-last:])
+
+
+def loss_rows(losses: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict[str, Any]]:
+    """Mean over seeds, and how far above that without a codec: held out, and in the last steps of training."""
+    rows: list[dict[str, Any]] = []
+    for name, seeds in losses.items():
+        row: dict[str, Any] = {"codec": name, "bar": LOSS_BARS.get(name)}
+        for key in ("eval_loss_after", "train_loss"):
+            pairs = [(seed[key], plain[key]) for seed, plain in zip(seeds, losses["none"], strict=True)]
+            row[key] = statistics.mean(value for value, _ in pairs)
+            row[f"{key}_over"] = statistics.mean(value / plain - 1 for value, plain in pairs)
+            row[f"{key}_worst"] = max(value / plain - 1 for value, plain in pairs)
+        rows.append(row)
+    return rows
+
+
+def machine() -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "grpcio", "transformers", "peft"))
+    names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    cpu = next(names, ":").split(":")[1].strip()
+    cores = len(os.sched_getaffinity(0))
+    return f"{cpu}, {cores} cores, Python {platform.python_version()}, {packages}; {datetime.now(UTC):%Y-%m-%d}"
+
+
+def table(title: str, columns: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown; `columns` are separated by |, and those beginning with # hold numbers."""
+    names = columns.split("|")
+    rule = "|".join("---:" if name.startswith("#") else "---" for name in names)
+    head = "|".join(name.removeprefix("#") for name in names)
+    return ["", f"### {title}", "", f"|{head}|", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def speed_table(title: str, speeds: Sequence[Speed]) -> list[str]:
+    rows = []
+    for speed in speeds:
+        pairs = ", ".join(f"{a / b:.3f}" for a, b in zip(speed.rates, speeds[0].rates, strict=True))
+        rows.append([speed.name, f"{speed.median:.1f}", f"{ratio(speed, speeds[0]):.3f}", pairs])
+    return table(title, "|#real tokens/s, median|#over the first, median of rounds|rounds", rows)
+
+
+def bytes_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    columns = "#width|codec|#activations or gradient|#whole request up|#whole reply down|#the most, over the width|#bar"
+    cells = []
+    for r in rows:
+        sizes = [f"{r[key]:.1f}" for key in ("tensor", "up", "down")]
+        cells.append([str(r["width"]), r["codec"], *sizes, f"{r['over_width']:.3f}", str(r["bar"] or "")])
+    return table("(c) bytes a real token", columns, cells)
+
+
+def loss_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    columns = (
+        "codec, both ways|#held-out loss|#over none, mean|#worst seed|#bar|#loss of the last 20 steps|#over none, mean"
+    )
+    cells = []
+    for r in rows:
+        held_out = [
+            f"{r['eval_loss_after']:.4f}",
+            *(f"{r[f'eval_loss_after_{key}']:+.2%}" for key in ("over", "worst")),
+        ]
+        bar = "" if r["bar"] is None else f"{r['bar']:.1%}"
+        cells.append([r["codec"], *held_out, bar, f"{r['train_loss']:.4f}", f"{r['train_loss_over']:+.2%}"])
+    return table("(c) loss of stories260K after fine-tuning", columns, cells)
+
+
+TITLES = {
+    "a": "(a) one process or three",
+    "b": "(b) a slow link, GPT-2 small",
+    "b small": "(b) a slow link, the quickstart's base",
+}
+
+
+def page(found: Mapping[str, Any]) -> str:
+    lines = [BEGIN, "", f"{found['machine']}."]
+    for key, title in TITLES.items():
+        if key in found:
+            lines += speed_table(title, [Speed(**speed) for speed in found[key]])
+    if "bytes" in found:
+        lines += bytes_table(found["bytes"])
+    if "losses" in found:
+        lines += loss_table(found["losses"])
+    return "\n".join([*lines, "", END])
+
+
+def missed(found: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for key in TITLES:
+        if key in found:
+            speeds = [Speed(**speed) for speed in found[key]]
+            value, bar = ratio(speeds[1], speeds[0]), BARS[key[0]]
+            lines += [f"({key}): {value:.3f}, the bar is {bar}"] if value < bar else []
+    for r in found.get("bytes", ()):
+        if r["bar"] and r["over_width"] > r["bar"]:
+            lines.append(f"(c) {r['codec']} at {r['width']}: {r['over_width']:.3f} of the width, the bar is {r['bar']}")
+    for r in found.get("losses", ()):
+        if r["bar"] and r["eval_loss_after_over"] > r["bar"]:
+            lines.append(f"(c) {r['codec']}: loss {r['eval_loss_after_over']:+.2%}, the bar is {r['bar']:.1%}")
+    return lines
+
+
+def write(found: Mapping[str, Any], output: Path) -> None:
+    """Replace the written part of the page, and keep the figures beside it."""
+    output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    text = output.read_text() if output.exists() else f"{BEGIN}\n{END}\n"
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    output.write_text(before + page(found) + after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with E2E's train.jsonl.gz")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's configuration and tokenizer")
+    parser.add_argument("--stories", type=Path, required=True, help="folder with stories260K")
+    parser.add_argument("--parts", nargs="+", default=["a", "b", "small", "bytes", "losses"])
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of a run")
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--cuts", type=int, nargs=2, default=[4, 10])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--loss-steps", type=int, default=150)
+    parser.add_argument("--threads", type=int, default=1, help="of the runs that are not timed")
+    parser.add_argument("--output", type=Path, help="a page whose marked part is replaced; figures beside it as JSON")
+    options = parser.parse_args()
+    output = options.output
+    known = (
+        json.loads(output.with_suffix(".json").read_text()) if output and output.with_suffix(".json").exists() else {}
+    )
+    found: dict[str, Any] = {**known, "machine": machine()}
+    with tempfile.TemporaryDirectory(prefix="bench-wire-base-") as folder:
+        base = draw_base(options.tokenizer, Path(folder)) if {"a", "b"} & set(options.parts) else Path(folder)
+        quick = ROOT / "recipes" / "quickstart-base"
+        parts = {
+            "a": ("a", lambda: [asdict(speed) for speed in measure_speed(options, base)]),
+            "b": ("b", lambda: [asdict(s) for s in measure_relay(options, base, options.tokenizer, options.cuts, 8)]),
+            "small": ("b small", lambda: [asdict(s) for s in measure_relay(options, quick, quick, [2, 4], 64)]),
+            "bytes": ("bytes", measure_bytes),
+            "losses": ("losses", lambda: loss_rows(measure_losses(options))),
+        }
+        for part in options.parts:
+            key, measure = parts[part]
+            found[key] = measure()
+            if output:
+                write(found, output)
+    print(page(found))
+    for line in (lines := missed(found)):
+        print(f"missed: {line}", file=sys.stderr)
+    sys.exit(1 if lines else 0)
+
+
+if __name__ == "__main__":
+    main()

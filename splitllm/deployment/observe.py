@@ -1,0 +1,120 @@
+"""What Prometheus can ask a server: requests, queue, batch fill, step time, bytes, children."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from splitllm.recipe import host_and_port
+from splitllm.wire.message import Message
+from splitllm.wire.sessions import Reception, Sessions
+
+logger = logging.getLogger(__name__)
+STEP_SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+
+
+class Observer:
+    """Counts what passes through one server.
+
+    Args:
+        batch_size: rows of a full micro-batch.
+
+    Attributes:
+        registry: all metrics of this server; nothing else of this process is in it.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._batch_size, self._opened = batch_size, (-1, 0.0)
+        own = self.registry
+        self._requests = Counter("splitllm_requests", "Requests accepted", ["kind"], registry=own)
+        self._queue = Gauge("splitllm_requests_under_way", "Requests accepted and not yet answered", registry=own)
+        self._fill = Gauge(
+            "splitllm_batch_fill_ratio", "Rows of the last micro-batch over train.batch_size", registry=own
+        )
+        self._step = Gauge("splitllm_step", "Optimiser steps done", registry=own)
+        self._seconds = Histogram("splitllm_step_seconds", "Time of a step", buckets=STEP_SECONDS, registry=own)
+        ProcessCollector(registry=self.registry)
+
+    def watched(self, reception: Reception) -> Reception:
+        """The same reception; what it answers is counted."""
+
+        async def answer(message: Message) -> Message:
+            self._came(message)
+            try:
+                with self._queue.track_inprogress():
+                    reply = await reception.answer(message)
+            finally:
+                self._requests.labels(message.kind).inc()
+            self._answered(message)
+            return reply
+
+        return dataclasses.replace(reception, answer=answer)
+
+    def serve(self, address: str | None, sessions: Sessions) -> Callable[[], None]:
+        """Answer Prometheus, in a thread, until the returned function is called.
+
+        Args:
+            address: HOST:PORT, None for nowhere.
+            sessions: of the server.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        self.registry.register(_Children(sessions))
+        if address is None:
+            return lambda: None
+        host, port = host_and_port(address)
+        try:
+            server, thread = start_http_server(port, host, self.registry)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen ({error.strerror})", f"--metrics {address}") from error
+        logger.info("metrics", extra={"fields": {"address": f"http://{address}/metrics"}})
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return stop
+
+    def _came(self, message: Message) -> None:
+        if message.kind == "open" and message.step != self._opened[0]:
+            self._opened = (message.step, time.perf_counter())
+        if message.kind == "forward":
+            self._fill.set(len(message.header["lengths"]) / self._batch_size)
+
+    def _answered(self, message: Message) -> None:
+        """The first child that may step has the whole step behind it; the others come at the same moment."""
+        if message.kind == "close" and message.step == self._opened[0]:
+            self._seconds.observe(time.perf_counter() - self._opened[1])
+            self._step.set(message.step + 1)
+            self._opened = (-1, 0.0)
+
+
+class _Children(Collector):
+    """What the sessions count themselves; a child that was started again begins at 0, as Prometheus expects."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    def collect(self) -> Iterator[Metric]:
+        """Called from the thread that answers Prometheus: reads copies only."""
+        refused = CounterMetricFamily("splitllm_refused_connections", "Connections refused", labels=["reason"])
+        for reason, count in list(self._sessions.refused.items()):
+            refused.add_metric([reason], count)
+        up = CounterMetricFamily("splitllm_received_bytes", "Bytes received from a child", labels=["child"])
+        down = CounterMetricFamily("splitllm_sent_bytes", "Bytes sent to a child", labels=["child"])
+        sessions = list(self._sessions.by_name.values())
+        for session in sessions:
+            up.add_metric([session.name], session.bytes_up)
+            down.add_metric([session.name], session.bytes_down)
+        connected = sum(session.connection is not None for session in sessions)
+        yield from (refused, up, down)
+        yield GaugeMetricFamily("splitllm_children_connected", "Children connected now", value=connected)

@@ -1,0 +1,115 @@
+"""A whole deployment as local processes over real gRPC, the rehearsal of production; reads from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from splitllm.deployment.child import Child
+from splitllm.deployment.crew import Crew
+from splitllm.deployment.folder import ADAPTER, SUMMARY, check_use, collect, held, prepare
+from splitllm.deployment.leash import Leash
+from splitllm.deployment.table import Overview, Screen
+from splitllm.errors import RecipeError, RunInterrupted
+from splitllm.metrics import human_bytes
+from splitllm.recipe import Recipe, role_names
+from splitllm.running.interrupt import StopSignal
+
+COMMANDS = ("client", "edge", "cloud")
+
+
+def up(recipe: Recipe, directory: Path, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Run every role of a recipe as a process of its own on this machine, with mutual TLS, until the run is complete.
+
+    Args:
+        recipe: the run, with at least two tiers.
+        directory: receives a log and a folder for every role, and at the end what a run leaves.
+        resume: go on with the run in `directory`.
+        console: where the table goes; default: standard output.
+
+    Returns:
+        The summary of the run.
+
+    Raises:
+        RecipeError: the recipe cannot be rehearsed, or the folder is in use.
+        CheckpointError: there is nothing to resume.
+        PeerError: a role failed in a way that starting it again does not mend.
+        RunInterrupted: SIGTERM or Ctrl-C; every process has ended, and the message says how to go on.
+    """
+    if len(recipe.split.tiers) < 2:
+        raise RecipeError(["split.tiers: a deployment needs at least two tiers; use splitllm train"])
+    tiers = list(role_names(recipe).values())
+    [top] = tiers[-1]
+    console = console or Console()
+    with held(directory):
+        check_use(recipe, directory, resume)
+        if not (directory / top / SUMMARY).exists():
+            threads = recipe.train.threads or max(1, _cores() // sum(map(len, tiers)))
+            _run(prepare(recipe, directory, threads), tiers, recipe, console, fresh=not resume)
+        summary = collect(directory / top, directory)
+    for line in _closing_lines(directory, summary):
+        console.print(Text(line), soft_wrap=True)
+    return summary
+
+
+def _run(deployment: Path, tiers: list[list[str]], recipe: Recipe, console: Console, *, fresh: bool) -> None:
+    names = [name for tier in reversed(tiers) for name in tier]
+    overview = Overview(names, recipe.train.steps, recipe.train.eval_every)
+    leash = Leash()
+    children = [
+        [_child(deployment, number, len(tiers), name, leash) for name in tier] for number, tier in enumerate(tiers)
+    ]
+    crew = Crew(children, overview, Screen(overview, console), deployment.parent / names[0] / SUMMARY)
+    with StopSignal() as stop:
+        try:
+            crew.start(fresh)
+            crew.attend(stop)
+        finally:
+            crew.stop()
+            leash.close()
+    if not crew.is_complete():
+        step, last = overview.rows[names[0]].step or 0, recipe.train.steps
+        raise RunInterrupted(
+            f"stopped after step {step} of {last}, which is kept in {deployment.parent}; "
+            "go on with the same command and --resume"
+        )
+
+
+def _child(deployment: Path, tier: int, tiers: int, name: str, leash: Leash) -> Child:
+    directory = deployment.parent
+    command = COMMANDS[2 if tier + 1 == tiers else min(tier, 1)]
+    words = [sys.executable, "-m", "splitllm", command, str(deployment), "--name", name]
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **leash.environment()}
+    log = directory / f"{name}.log"
+    return Child(name, [*words, "--output-dir", str(directory / name)], log, environment, [leash.child_end])
+
+
+def _closing_lines(directory: Path, summary: dict[str, Any]) -> list[str]:
+    adapter = directory / ADAPTER
+    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    lines = [
+        f"held-out loss: {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after (split run)",
+        f"over the wire: {human_bytes(summary['wire_bytes_up'])} up, {human_bytes(summary['wire_bytes_down'])} down; "
+        f"{summary['train_tokens']} tokens at {summary['tokens_per_second']:.0f} tokens/s",
+    ]
+    for role, held_mib in summary["held_mib"].items():
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in held_mib.items())
+        lines.append(f"peak memory of {role}: {sum(held_mib.values()):.1f} MiB of tensors ({parts})")
+    resident = ", ".join(f"{name} {value:.0f} MiB" for name, value in summary["peak_rss_mib"].items())
+    return [
+        *lines,
+        f"peak resident memory: {resident}",
+        f"adapter: {adapter}",
+        f"next: peft.PeftModel.from_pretrained(base_model, {str(adapter)!r}), or",
+        f"      splitllm merge {adapter} --base {base} --output-dir {directory / 'merged'}",
+    ]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,274 @@
+"""The roles of a tiny recipe as real processes over mutual TLS: killed, paused and cut off from one another."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from splitllm.metrics import read_records
+from splitllm.recipe import Recipe, load_recipe, role_names, tier_of
+from splitllm.wire.issuing import issue
+
+ROOT = Path(__file__).resolve().parents[2]
+PORTS = range(7500, 7900)  # below those that the system gives to outgoing connections: a restarted server finds it free
+COMMANDS = ("client", "edge", "cloud")
+TAIL = 8
+WAIT_SECONDS = 240.0  # no wait takes so long unless something hangs, even on a machine that is busy with other things
+ADAPTER = Path("adapter/adapter_model.safetensors")
+
+
+class Stuck(AssertionError):
+    """A wait took too long; says what every role logged last."""
+
+
+def free_port() -> int:
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port in {PORTS}")
+
+
+class Relay:
+    """`scripts/relay.py` before one server."""
+
+    def __init__(self, port: int, to: int) -> None:
+        self._words = ["--listen", f"127.0.0.1:{port}", "--to", f"127.0.0.1:{to}"]
+        self.process = self._start()
+
+    def tell(self, command: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{command}\n")
+        self.process.stdin.flush()
+
+    def renew(self) -> None:
+        """Lose all connections, and the bytes under way; new ones are accepted."""
+        self.close()
+        self.process = self._start()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def _start(self) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        command = [sys.executable, "scripts/relay.py", *self._words]
+        process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("listening")
+        return process
+
+
+@dataclass
+class Process:
+    """One start of one role."""
+
+    process: subprocess.Popen[bytes]
+    files: tuple[IO[bytes], IO[bytes]]
+    paused: bool = False
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for file in self.files:
+            file.close()
+
+
+@dataclass
+class Deployment:
+    """The processes of one run.
+
+    Args:
+        path: of the recipe.
+        folder: receives a folder and two logs a role.
+        overrides: of the recipe.
+    """
+
+    path: Path
+    folder: Path
+    overrides: tuple[str, ...] = ()
+    recipe: Recipe = field(init=False)
+    running: dict[str, Process] = field(default_factory=dict, init=False)
+    relays: dict[str, Relay] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True)
+        self.recipe = load_recipe(self.path, self.overrides)
+        self.names = [name for tier in role_names(self.recipe).values() for name in tier]
+        self.servers = [name for name in self.names if tier_of(self.recipe, name)[0] > 0]
+        self.top = self.names[-1]
+        self._ports = {name: free_port() for name in self.servers}
+        self._seen = (0, 0)
+        issue(self.folder / "certificates", self.names)
+        for name in self.servers:
+            front = free_port()
+            self.relays[name] = Relay(front, self._ports[name])
+            self._ports[f"{name} relayed"] = front
+
+    def start(self, *names: str, more: tuple[str, ...] = (), directory: str | None = None) -> None:
+        """Start roles, or all."""
+        for name in names or self.names:
+            assert name not in self.running, name
+            self.running[name] = self.spawn(name, more=more, directory=directory)
+
+    def spawn(self, name: str, *, more: tuple[str, ...] = (), directory: str | None = None) -> Process:
+        """A process of a role, beside the one that there may be."""
+        label = directory or name
+        addresses = ", ".join(f"{server}: 127.0.0.1:{self._ports[f'{server} relayed']}" for server in self.servers)
+        wire = [f"wire.addresses={{{addresses}}}", f"wire.certificates={self.folder / 'certificates'}"]
+        command = [sys.executable, "-m", "splitllm", COMMANDS[min(2, tier_of(self.recipe, name)[0])], str(self.path)]
+        if name == self.top:
+            command[3] = "cloud"
+        listen = ["--listen", f"127.0.0.1:{self._ports[name]}"] if name in self.servers else []
+        words = ["--name", name, "--output-dir", str(self.folder / label), *listen]
+        files = (self.log_of(label).open("ab"), self.log_of(label, "err").open("ab"))
+        process = subprocess.Popen(
+            [*command, *self.overrides, *wire, *more, *words], cwd=ROOT, stdout=files[0], stderr=files[1]
+        )
+        return Process(process, files)
+
+    def log_of(self, name: str, suffix: str = "log") -> Path:
+        return self.folder / f"{name}.{suffix}"
+
+    # Faults.
+
+    def kill(self, *names: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """Kill roles at once, or stop them cleanly, and wait until they are gone."""
+        for name in names:
+            self.running[name].process.send_signal(number)
+        for name in names:
+            self.exit_of(name)
+
+    def exit_of(self, name: str, seconds: float = WAIT_SECONDS) -> int:
+        """Wait for a role to end."""
+        running = self.running[name]
+        self.until(lambda: running.process.poll() is not None, f"{name} to end", seconds)
+        del self.running[name]
+        running.end()
+        return running.process.returncode
+
+    def pause(self, *names: str) -> None:
+        for name in names:
+            self.running[name].process.send_signal(signal.SIGSTOP)
+            self.running[name].paused = True
+
+    def resume(self, *names: str) -> None:
+        for name in names:
+            self.running[name].process.send_signal(signal.SIGCONT)
+            self.running[name].paused = False
+
+    # What can be seen from outside.
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """What a role logged, over all its starts."""
+        path = self.log_of(name)
+        *lines, _half = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        return [json.loads(line) for line in lines if line.startswith(b"{")]
+
+    def said(self, name: str, event: str) -> list[dict[str, Any]]:
+        return [record for record in self.events(name) if record["event"] == event]
+
+    def complaints(self, name: str) -> str:
+        return self.log_of(name, "err").read_text()
+
+    def step(self) -> int:
+        """The last step in the top's metrics."""
+        path = self.folder / self.top / "metrics.jsonl"
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 1000))
+            lines = file.read().split(b"\n")[1:-1]
+        steps = [record["step"] for record in map(json.loads, lines) if record["event"] == "train"]
+        return steps[-1] if steps else 0
+
+    def until(self, done: Callable[[], bool], what: str, seconds: float = WAIT_SECONDS) -> None:
+        """Wait; a wait that takes too long tells what every role logged last."""
+        deadline = time.monotonic() + seconds
+        while not done():
+            if time.monotonic() > deadline:
+                raise Stuck(f"waited {seconds:g} s for {what}\n{self.tails()}")
+            time.sleep(0.001)
+
+    def until_step(self, step: int, seconds: float = WAIT_SECONDS) -> None:
+        self.until(lambda: self.step() >= step or self.all_ended(), f"step {step}", seconds)
+
+    def all_ended(self) -> bool:
+        return all(running.process.poll() is not None for running in self.running.values())
+
+    def finish(self, seconds: float = WAIT_SECONDS) -> dict[str, int]:
+        """Wait until every role that runs has ended; exit status by role."""
+        self.until(self.all_ended, "the end of the run", seconds)
+        return {name: self.exit_of(name) for name in list(self.running)}
+
+    def tails(self) -> str:
+        """The last lines of every log, and where each process that hangs is, if py-spy is there to tell."""
+        parts = []
+        for name in self.names:
+            log = self.log_of(name)
+            lines = log.read_text(errors="replace").splitlines()[-TAIL:] if log.exists() else []
+            error = self.log_of(name, "err")
+            lines += error.read_text(errors="replace").splitlines()[-TAIL:] if error.exists() else []
+            parts.append("\n".join([f"--- {name} ({'runs' if name in self.running else 'is not there'})", *lines]))
+        return "\n".join(parts)
+
+    # What a run leaves.
+
+    def adapter(self) -> bytes:
+        return (self.folder / self.top / ADAPTER).read_bytes()
+
+    def summary(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / self.top / "summary.json").read_text())
+        return found
+
+    def lines(self) -> list[tuple[Any, ...]]:
+        """What the metrics say of every step and evaluation, but for times and bytes."""
+        return counted(self.folder / self.top)
+
+    def journaled(self) -> dict[str, list[int]]:
+        """The steps in every role's journal."""
+        found = {}
+        for name in self.names:
+            files = (self.folder / name / "journal").glob("step-*.safetensors")
+            found[name] = sorted(int(file.stem.partition("-")[2]) for file in files)
+        return found
+
+    def committed(self, name: str) -> int:
+        """The newest step in a role's journal."""
+        return max(self.journaled()[name])
+
+    def close(self) -> None:
+        for running in self.running.values():
+            running.end()
+        for relay in self.relays.values():
+            relay.close()
+        self.running.clear()
+
+
+@contextmanager
+def deployed(path: Path, folder: Path, *overrides: str) -> Iterator[Deployment]:
+    """A deployment whose processes are gone afterwards."""
+    deployment = Deployment(path, folder, overrides)
+    try:
+        yield deployment
+    finally:
+        deployment.close()
+
+
+def counted(folder: Path) -> list[tuple[Any, ...]]:
+    """Event, step, loss, tokens of every line of a run's metrics."""
+    records = read_records(folder / "metrics.jsonl")
+    return [(record["event"], record["step"], record["loss"], record.get("tokens")) for record in records]
