@@ -13,7 +13,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-system soak check bench clean
+.PHONY: help setup quickstart test test-system soak check bench bench-wire clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1 :/p' Makefile | awk -F ' : ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,8 +47,11 @@ check: setup  ## lint, format, types, spelling, import rules
 	$(BIN)/codespell
 	$(BIN)/lint-imports
 
-bench: setup  ## the benchmarks
+bench: setup  ## how fast a split run is
 	$(OFFLINE) $(BIN)/python scripts/bench_split.py $(ARGS)
+
+bench-wire: setup  ## what the wire costs
+	$(OFFLINE) $(BIN)/python scripts/bench_wire.py $(ARGS)
 
 clean:  ## remove the virtual environment, the quickstart's output and caches
 	rm -rf .venv $(OUT) build dist splitllm.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

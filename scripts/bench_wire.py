@@ -1,7 +1,7 @@
 """What the wire costs: a deployment of real processes beside one process, a slow link, and the codecs.
 
-    python scripts/bench_wire.py --data DIR/e2e --tokenizer DIR/gpt2-tokenizer --stories DIR/stories260K \\
-        --output docs/benchmarks/wire.md
+    python scripts/bench_wire.py                       # everything, about 40 minutes on 2 cores
+    python scripts/bench_wire.py --parts a bytes --output out/bench/wire.md
 
 (a) client, edge and cloud as processes over mutual TLS, one thread each, over `splitllm train` with as many threads as
 there are cores: real tokens per second of GPT-2 small on E2E rows, pairs of runs back to back. (b) The same deployment
@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -47,6 +47,7 @@ NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 ROLES = ("cloud", "edge", "client")
 SKIPPED = 1  # steps of every run that are not counted: memory is still being taken
 CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk:0.25")
+PARTS = ("a", "b", "small", "bytes", "losses")
 BARS = {"a": 0.90, "b": 0.85}
 BYTE_BARS = {"int8": 1.05, "int4": 0.55}
 LOSS_BARS = {"int8": 0.005, "int4": 0.015}
@@ -171,9 +172,8 @@ def interleaved(options: argparse.Namespace, ways: Mapping[str, Any], title: str
         for name, way in ways.items():
             with tempfile.TemporaryDirectory(prefix="bench-wire-") as folder:
                 found[name].append(way(Path(folder)))
-            print(
-                f"({title}) round {number + 1} of {options.pairs}: {name}: {found[name][-1]:.1f} tokens/s", flush=True
-            )
+            round_of = f"({title}) round {number + 1} of {options.pairs}"
+            print(f"{round_of}: {name}: {found[name][-1]:.1f} tokens/s", flush=True)
     return [Speed(name, rates) for name, rates in found.items()]
 
 
@@ -371,10 +371,11 @@ def write(found: Mapping[str, Any], output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with E2E's train.jsonl.gz")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with GPT-2's configuration and tokenizer")
-    parser.add_argument("--stories", type=Path, required=True, help="folder with stories260K")
-    parser.add_argument("--parts", nargs="+", default=["a", "b", "small", "bytes", "losses"])
+    shared = ROOT.parent / "shared" / "data"
+    parser.add_argument("--data", type=Path, default=shared / "e2e", help="folder with train.jsonl.gz of E2E")
+    parser.add_argument("--tokenizer", type=Path, default=shared / "gpt2-tokenizer", help="GPT-2's, with config.json")
+    parser.add_argument("--stories", type=Path, default=shared / "stories260K", help="folder with stories260K")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a run")
     parser.add_argument("--rows", type=int, default=2000)
@@ -382,17 +383,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--loss-steps", type=int, default=150)
     parser.add_argument("--threads", type=int, default=1, help="of the runs that are not timed")
-    parser.add_argument("--output", type=Path, help="a page whose marked part is replaced; figures beside it as JSON")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("out/bench/wire.md"),
+        help="its marked part is replaced; JSON goes beside it",
+    )
     options = parser.parse_args()
     output = options.output
-    known = (
-        json.loads(output.with_suffix(".json").read_text()) if output and output.with_suffix(".json").exists() else {}
-    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(output.with_suffix(".json").read_text()) if output.with_suffix(".json").exists() else {}
     found: dict[str, Any] = {**known, "machine": machine()}
     with tempfile.TemporaryDirectory(prefix="bench-wire-base-") as folder:
         base = draw_base(options.tokenizer, Path(folder)) if {"a", "b"} & set(options.parts) else Path(folder)
         quick = ROOT / "recipes" / "quickstart-base"
-        parts = {
+        parts: dict[str, tuple[str, Callable[[], Any]]] = {
             "a": ("a", lambda: [asdict(speed) for speed in measure_speed(options, base)]),
             "b": ("b", lambda: [asdict(s) for s in measure_relay(options, base, options.tokenizer, options.cuts, 8)]),
             "small": ("b small", lambda: [asdict(s) for s in measure_relay(options, quick, quick, [2, 4], 64)]),
@@ -402,8 +407,7 @@ def main() -> None:
         for part in options.parts:
             key, measure = parts[part]
             found[key] = measure()
-            if output:
-                write(found, output)
+            write(found, output)
     print(page(found))
     for line in (lines := missed(found)):
         print(f"missed: {line}", file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -357,7 +357,7 @@ def test_names_of_very_many_roles_are_checked_without_making_them(file: Path) ->
 
 
 def as_yaml(value: object) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -392,6 +392,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
 
 
 @given(st.fixed_dictionaries({}, optional=GOOD))
+@example({"data.fields": {"prompt": "\x85", "completion": "\u2028a \u4e2d"}})
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_recipe_survives_dump_and_load(file: Path, values: dict[str, Any]) -> None:
     recipe = load_recipe(file, [f"{key}={as_yaml(value)}" for key, value in values.items()])
@@ -440,7 +441,9 @@ def test_each_recipe_loads_and_begins_with_its_command(path: Path) -> None:
     words = shlex.split(first[2:])
     if words[:2] == ["accelerate", "launch"]:
         words = words[words.index("-m") + 1 :]
-    assert words[:3] == ["splitllm", "train", f"recipes/{path.name}"]
+    assert words[0] == "splitllm"
+    assert words[1] in ("train", "up")
+    assert words[2] == f"recipes/{path.name}"
     assert words[words.index("--output-dir") + 1] == f"out/{path.stem}"
     recipe = load_recipe(path, [word for word in words[3:] if "=" in word])
     assert "labels" in yaml.safe_load(path.read_text(encoding="utf-8"))["split"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from splitllm.recipe import load_recipe
 from splitllm.train import train
@@ -124,7 +122,11 @@ class Machines:
     def start(self, machine: str, role: str, *more: str) -> None:
         home = self.folder / machine
         addresses = ", ".join(f'{server}: "{self.network.address(server)}:{PORT}"' for server in ("cloud", "edge"))
-        words = [f"wire.addresses={{{addresses}}}", "wire.certificates=certs", f"model.base={ROOT / 'recipes/quickstart-base'}"]
+        words = [
+            f"wire.addresses={{{addresses}}}",
+            "wire.certificates=certs",
+            f"model.base={ROOT / 'recipes/quickstart-base'}",
+        ]
         command = [sys.executable, "-m", "splitllm", machine, "deployment.yaml", *SHORT, *words, *more]
         command += ["--name", role, "--output-dir", f"out/{role}"]
         with (home / f"{role}.log").open("wb") as log, (home / f"{role}.errors").open("wb") as errors:

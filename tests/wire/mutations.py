@@ -18,7 +18,20 @@ Mutator = Callable[[Random, bytes], list[bytes]]
 EDGES = (0, 1, 2, 31, 32, 63, 64, 255, 256, 65535, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40)
 WIDE = (*EDGES, (1 << 53) - 1, 1 << 53, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 FIELDS = {0: "<I", 4: "<B", 5: "<B", 6: "<H", 8: "<Q", 16: "<I", 20: "<I", 24: "<Q"}
-CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk:0.1", "topk:1", "topk:0", "topk:0.000001", "topk:9", "pickle", "")
+CODECS = (
+    "none",
+    "bf16",
+    "fp16",
+    "int8",
+    "int4",
+    "topk:0.1",
+    "topk:1",
+    "topk:0",
+    "topk:0.000001",
+    "topk:9",
+    "pickle",
+    "",
+)
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool", "object", "complex64")
 DIMS = (0, 1, 2, 3, 16, 17, 63, 64, 65537, 1 << 20, 1 << 31, 1 << 40, (1 << 40) + 1, 1 << 63, -1)
 NUMBERS = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e300, 1e-320, -0.0)
@@ -196,7 +209,7 @@ def _payload(rng: Random, frame: bytes) -> list[bytes]:
 def _parts(rng: Random, frame: bytes) -> list[bytes]:
     """The envelope in several parts: out of order, doubled, missing, or between those of another."""
     kind, number, said, payload = opened(frame)
-    text, first = content(said), bytes()
+    text, first = content(said), b""
     first = framed(kind, number, text, b"", len(payload))
     parts, size = [first], rng.choice((1, 64, 100, 1000))
     for part, at in enumerate(range(0, min(len(payload), 8 * size), size), 1):
