@@ -104,7 +104,7 @@ def environment() -> dict[str, str]:
 def local_run(recipe: Mapping[str, Any], folder: Path) -> float:
     """`splitllm train`; tokens per second after the steps that are not counted."""
     path = folder / "local.yaml"
-    path.write_text(yaml.safe_dump(dict(recipe)))
+    path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
     command = [sys.executable, "-m", "splitllm", "train", str(path), "--output-dir", str(folder / "local")]
     subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
     return rate(folder / "local" / "metrics.jsonl")
@@ -118,7 +118,7 @@ def deployed_run(recipe: Mapping[str, Any], folder: Path, relay: Sequence[str] |
         reached = listen if relay is None else {n: stack.enter_context(relayed(a, relay)) for n, a in listen.items()}
         wire = {"addresses": reached, "certificates": str(folder / "certs")}
         path = folder / "deployed.yaml"
-        path.write_text(yaml.safe_dump({**recipe, "wire": wire}))
+        path.write_text(yaml.safe_dump({**recipe, "wire": wire}, sort_keys=False))
         running = [start(role, path, folder, listen.get(role)) for role in ROLES]
         try:
             codes = [process.wait(1800) for process in running]

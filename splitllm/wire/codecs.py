@@ -5,7 +5,7 @@
 | none | as in memory | nothing |
 | bf16, fp16 | 2 T D | mantissa; what is beyond the range saturates |
 | int8 | T (D + 4 + 2 M) + 2 M, M = ceil(D / 128) | rounding to 1/127 of the token's largest value |
-| int4 | T (ceil(D / 2) + 2 + ceil(D / 32) + 2 M) + 2 M, M = ceil(D / 256) | rounding to 1/8 of the largest of 32 |
+| int4 | T (ceil(D / 2) + 2 + ceil(D / 32) + 2 M) + 2 M, M = ceil(D / 256) | dithered, to 1/8 of the largest of 32 |
 | topk:F | 4 T ceil(F D) | all but the F D largest entries of each token |
 
 The M outlier channels, those of largest magnitude in the tensor, travel in bf16. Above 65,536 channels their numbers

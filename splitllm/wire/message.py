@@ -12,8 +12,9 @@ Tensors hold real tokens only, never padding. Suffixes: T real tokens of a micro
 | close | squared norms, the replicas' summed gradients, losses | total norm, the sums over all replicas |
 | evaluated | held-out losses of every client | |
 | finish | the adapters of the tiers below | |
+| diverged | in words what is not finite | never an answer: the run is over |
 
-Roles of one process need no `join`, `share`, `evaluated` and `finish`.
+Roles of one process need no `join`, `share`, `evaluated`, `finish` and `diverged`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Kind = Literal["join", "share", "open", "forward", "backward", "close", "evaluated", "finish"]
+Kind = Literal["join", "share", "open", "forward", "backward", "close", "evaluated", "finish", "diverged"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 

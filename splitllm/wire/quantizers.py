@@ -8,6 +8,7 @@ outlier channels, K kept entries a token, G groups of 32 channels, C channels of
 from __future__ import annotations
 
 import math
+import zlib
 from fractions import Fraction
 
 import torch
@@ -54,7 +55,9 @@ def int8_decode(parts: list[Tensor], width: int) -> Tensor:
 
 
 # int4: like int8 by groups, the scale of a group being eight bits times that of its token. The scale has the sign that
-# puts the group's largest magnitude at code -8, so all 16 codes are used.
+# puts the group's largest magnitude at code -8, so all 16 codes are used. Rounding is dithered: noise of half a step at most
+# is added before and, since both ends know it, subtracted after, so what is lost does not depend on the values
+# (Schuchman 1964). Nearest rounding to so few values has a pattern, which the adapter would learn.
 
 
 def int4_parts(tokens: int, width: int) -> list[Part]:
@@ -71,11 +74,12 @@ def int4_encode(values_TD: Tensor) -> list[Tensor]:
     rest_TGC = pad(rest_TD, (0, -width % GROUP)).view(tokens, -1, GROUP)
     high_TG1, low_TG1 = rest_TGC.amax(2, keepdim=True), rest_TGC.amin(2, keepdim=True)
     peak_TG1 = torch.where(high_TG1 >= -low_TG1, high_TG1, low_TG1)
-    most = _most(values_TD.dtype) / (8 * _SCALE) * (1 - 2**-7)
+    most = _most(values_TD.dtype) / (8.5 * _SCALE) * (1 - 2**-7)
     scale_T = (peak_TG1.abs().amax((1, 2)) / (8 * _SCALE)).clamp_(max=most).bfloat16()
     token_T11 = scale_T.float().view(-1, 1, 1)
     share_TG1 = (_over(peak_TG1, token_T11) / -8).clamp_(-_SCALE, _SCALE).to(torch.float8_e4m3fn)
-    codes_TGC = _codes(rest_TGC, share_TG1.float() * token_T11, -8, 7)
+    steps_TGC = _over(rest_TGC, share_TG1.float() * token_T11)
+    codes_TGC = steps_TGC.add_(_dither(scale_T, rest_TGC.shape)).round_().clamp_(-8, 7)
     codes_TD = codes_TGC.add_(8).to(torch.uint8).view(tokens, -1)[:, : width + width % 2]
     return [ids_M, kept_TM, scale_T, share_TG1, codes_TD[:, ::2] | codes_TD[:, 1::2] << 4]
 
@@ -87,8 +91,18 @@ def int4_decode(parts: list[Tensor], width: int) -> Tensor:
     codes_TD = torch.stack([pairs & 15, pairs >> 4], dim=2).view(tokens, -1)
     codes_TGC = pad(codes_TD, (0, share_TG.shape[1] * GROUP - codes_TD.shape[1])).view(tokens, -1, GROUP)
     scale_TG1 = (share_TG.float() * scale_T.float().unsqueeze(1)).unsqueeze(2)
-    values_TGC = codes_TGC.float().sub_(8).mul_(scale_TG1)
+    values_TGC = codes_TGC.float().sub_(8).sub_(_dither(scale_T, codes_TGC.shape)).mul_(scale_TG1)
     return _with_outliers(values_TGC.view(tokens, -1)[:, :width], ids_M, kept_TM, width)
+
+
+def _dither(scale_T: Tensor, shape: torch.Size) -> Tensor:
+    """Noise from -1/2 to 1/2 that is a function of the tokens' scales and of the place: 32-bit integers, hashed."""
+    seed = zlib.crc32(scale_T.view(torch.uint8).numpy().data)
+    hashed = torch.arange(seed, seed + shape.numel())
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # lowbias32 of github.com/skeeto/hash-prospector
+        hashed = ((hashed ^ hashed >> shift) * factor) & 0xFFFFFFFF
+    hashed ^= hashed >> 16
+    return hashed.float().mul_(2**-32).sub_(0.5).view(shape)
 
 
 # topk: the entries of largest magnitude of each token; the others are zero.

@@ -195,8 +195,8 @@ class Listener:
 
     Args:
         address: HOST:PORT to listen on; port 0 takes a free one.
-        serve: talks over one stream until it ends; the second argument is the name in the peer's certificate, None
-            without TLS.
+        serve: talks over one stream until it ends; the second argument is the name in the peer's certificate, empty if
+            that is no role's, None without TLS.
         credentials: of this role, or None for plain TCP.
         keepalive: as that of `Dialer`.
         streams: how many may be open at once.
@@ -261,9 +261,7 @@ class Listener:
             await self._health.set(service, status)
 
     async def _exchange(self, _frames: Any, context: grpc.aio.ServicerContext) -> None:
-        identity = peer_name(context.auth_context()) if self._credentials is not None else None
-        if self._credentials is not None and identity is None:
-            await context.abort(CODES["identity"], "the certificate names no role; issue it with splitllm certs")
+        identity = peer_name(context.auth_context()) or "" if self._credentials is not None else None
         serving = asyncio.ensure_future(self._serve(ServedStream(context), identity))
         self._open.add(serving)
         serving.add_done_callback(self._open.discard)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,7 @@ from splitllm.wire.stream import Disconnected, Refused, Stream, first_error
 
 logger = logging.getLogger(__name__)
 HELLO_SECONDS = 20.0
+MOST_AT_THE_DOOR = 4
 HELLO_LIMITS = Limits(values_bytes=16 << 10, payload_bytes=0)
 TOGETHER = frozenset({"join", "share", "open", "close", "evaluated", "finish"})
 
@@ -141,11 +144,16 @@ class Sessions:
     def __init__(self, reception: Reception, hello_seconds: float = HELLO_SECONDS) -> None:
         self._reception, self._hello_seconds = reception, hello_seconds
         self._incarnation = secrets.token_hex(8)
+        self._at_the_door: Counter[str] = Counter()
         self.by_name: dict[str, Session] = {}
         self.refused: dict[str, int] = {}
 
     async def serve(self, stream: Stream, identity: str | None) -> None:
         """Talk over one stream until it ends.
+
+        Args:
+            stream: of a child.
+            identity: the name in its certificate, empty if that is no role's, None without TLS.
 
         Raises:
             Refused: the child must not go on; the transport tells it why.
@@ -166,7 +174,8 @@ class Sessions:
                 session.connection.more.set()
 
     async def _serve(self, stream: Stream, identity: str | None) -> None:
-        session, welcome = await self._enter(stream, identity)
+        with self._waiting_for_hello(identity):
+            session, welcome = await self._enter(stream, identity)
         connection = session.attach()
         try:
             for frame in to_frames(Envelope(FrameType.WELCOME, 0, welcome)):
@@ -179,8 +188,24 @@ class Sessions:
                 self._reception.away(session.name)
                 logger.info("disconnected", extra={"fields": {"child": session.name}})
 
+    @contextmanager
+    def _waiting_for_hello(self, identity: str | None) -> Iterator[None]:
+        """Nobody who has a certificate takes the places of the others with connections that say nothing."""
+        door = self._at_the_door
+        if identity is not None and door[identity] >= MOST_AT_THE_DOOR:
+            raise Refused("taken", f"{door[identity]} connections of {identity} have not said hello yet; try again")
+        if identity is not None:
+            door[identity] += 1
+        try:
+            yield
+        finally:
+            if identity is not None:
+                door[identity] -= 1
+
     async def _enter(self, stream: Stream, identity: str | None) -> tuple[Session, dict[str, Any]]:
         """Shake hands."""
+        if identity == "":
+            raise Refused("identity", "the certificate names no role; issue it with splitllm certs")
         try:
             async with asyncio.timeout(self._hello_seconds):
                 hello = await _next(stream, Assembler(HELLO_LIMITS))

@@ -243,3 +243,12 @@ def test_integers_and_other_ranks_take_no_lossy_codec() -> None:
 
 def test_only_codecs_that_lose_much_carry_their_error_on() -> None:
     assert [name for name in NAMES if codec(name).feedback] == ["int4", "topk:0.05", "topk:0.5", "topk:1"]
+
+
+def test_what_int4_loses_is_independent_of_the_values() -> None:
+    values_TD = torch.full((2000, 32), 0.3)  # 2.4 of 8 steps: the nearest value would be 0.25
+    values_TD[:, 0], values_TD[:, 1] = 10.0, 1.0  # the outlier channel, and the largest of the others
+    lost_TD = 8 * (values_TD - unpack(pack(values_TD, "int4")))[:, 2:]
+    assert lost_TD.abs().max() < 0.51  # half a step
+    assert lost_TD.mean().abs() < 0.01
+    assert (lost_TD.std() - 12**-0.5).abs() < 0.01

@@ -77,11 +77,11 @@ def test_a_step_that_is_run_again_sends_the_same_bytes_in_whatever_order(
 
 def test_several_visits_of_a_row_in_one_step_all_read_the_error_from_before_it() -> None:
     memory, values = ErrorMemory(ROOM), rows_of([3])
-    memory.encode("int4", values, ["row"], [3], 0)
-    first, second = (memory.encode("int4", values, ["row"], [3], 1, index=index) for index in range(2))
-    twice = memory.encode("int4", torch.cat([values, values]), ["row", "row"], [3, 3], 1, index=2)
+    memory.encode("topk:0.25", values, ["row"], [3], 0)
+    first, second = (memory.encode("topk:0.25", values, ["row"], [3], 1, index=index) for index in range(2))
+    twice = memory.encode("topk:0.25", torch.cat([values, values]), ["row", "row"], [3, 3], 1, index=2)
     assert torch.equal(first.blob, second.blob)
-    assert not torch.equal(first.blob, pack(values, "int4").blob)
+    assert not torch.equal(first.blob, pack(values, "topk:0.25").blob)
     assert torch.equal(unpack(twice)[:3], unpack(twice)[3:])
 
 
