@@ -10,8 +10,8 @@ from typing import Any
 
 from splitllm.data.batching import BatchStream, eval_batches
 from splitllm.deployment.journal import Journal
-from splitllm.deployment.station import Options, Past, Station, Stop, open_station
-from splitllm.errors import RejoinError, RunInterrupted
+from splitllm.deployment.station import Options, Past, Station, Stop, open_station, tell_above
+from splitllm.errors import DivergedError, RejoinError, RunInterrupted
 from splitllm.recipe import Recipe, tier_of, what_leaves_in_a_deployment
 from splitllm.roles.assembly import names_rows
 from splitllm.roles.client import Client, StepReport
@@ -44,7 +44,7 @@ async def _attend(station: Station) -> None:
         logger.info("the run was complete already")
         return
     logger.info("leaves the device", extra={"fields": {"what": what_leaves_in_a_deployment(station.recipe)}})
-    uplink = station.uplink(lambda state: logger.info("uplink", extra={"fields": {"state": state}}))
+    uplink = station.uplink()
     work, asked = asyncio.create_task(_work(station, journal, uplink, stop)), asyncio.create_task(stop.asked.wait())
     try:
         await asyncio.wait({work, asked}, return_when=asyncio.FIRST_COMPLETED)
@@ -53,6 +53,9 @@ async def _attend(station: Station) -> None:
         if not work.done():
             raise RunInterrupted(_stopped(station))
         work.result()
+    except DivergedError as error:
+        await tell_above(uplink, station.name, error)
+        raise
     finally:
         work.cancel()
         asked.cancel()

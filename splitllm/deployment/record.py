@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from splitllm.deployment.station import Station
+from splitllm.errors import DivergedError
 from splitllm.metrics import Metrics
 from splitllm.model.export import save_adapter
 from splitllm.model.naming import names_in_unsplit, rename_tensors
@@ -65,7 +66,13 @@ class Record:
         return step in evaluations
 
     def stepped(self, step: int, sums: StepSums) -> None:
-        """A step is about to be committed."""
+        """A step is about to be committed.
+
+        Raises:
+            DivergedError: its loss is not finite.
+        """
+        if any(told[0] is None for told in sums.losses.values()):
+            raise DivergedError(f"step {step + 1}: the loss is not finite; lower the learning rate")
         loss, labels, tokens = _added(sums.losses)
         seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
         up = sum(crossed[0] for crossed in sums.crossed.values())

@@ -13,9 +13,10 @@ from rich.console import Console
 from splitllm.deployment.bounds import allowed, in_flight, limits
 from splitllm.deployment.journal import Journal
 from splitllm.deployment.observe import Observer
+from splitllm.deployment.reach import say_who_is_missing
 from splitllm.deployment.record import Record
-from splitllm.deployment.station import Options, Past, Station, Stop, open_station
-from splitllm.errors import RunInterrupted, SplitLLMError
+from splitllm.deployment.station import Options, Past, Station, Stop, open_station, tell_above
+from splitllm.errors import DivergedError, RunInterrupted, SplitLLMError
 from splitllm.metrics import Metrics
 from splitllm.recipe import Recipe, children_of, clients_below
 from splitllm.roles.assembly import coding_of
@@ -53,7 +54,7 @@ async def _serve(station: Station) -> None:
     finished_at = station.recipe.train.steps if journal.finished else None
     if finished_at is not None:
         logger.info("the run was complete already", extra={"fields": {"seconds to stay": LINGER_SECONDS}})
-    uplink = station.uplink(_say_change) if station.tier + 1 < len(station.recipe.split.tiers) else None
+    uplink = station.uplink() if station.tier + 1 < len(station.recipe.split.tiers) else None
     told: Mapping[str, Any] = {}
     if uplink is not None and finished_at is None:  # nobody may be up there any more once the run is complete
         told = await _or_stopped(uplink.welcome(), stop)
@@ -66,17 +67,20 @@ async def _serve(station: Station) -> None:
     listener = Listener(station.address(), sessions.serve, station.credentials, station.recipe.wire.keepalive, streams)
     port = await listener.start()
     logger.info("listening", extra={"fields": {"port": port, "tls": station.credentials is not None}})
+    watch = asyncio.create_task(say_who_is_missing(gate.missing))
     try:
         await _until_complete(gate, trouble, uplink, stop)
     except RunInterrupted:
         raise  # to be started again: the others wait
     except SplitLLMError as error:
         sessions.tell_all(error)
+        if uplink is not None and isinstance(error, DivergedError):
+            await tell_above(uplink, station.name, error)
         raise
     finally:
-        await listener.stop(
-            GRACE_SECONDS
-        )  # first, so that no child hears how the questions end that are under way above
+        watch.cancel()
+        # First, so that no child hears how the questions end that are under way above.
+        await listener.stop(GRACE_SECONDS)
         if uplink is not None:
             await uplink.close(goodbye=gate.finished.is_set() and finished_at is None)
         stop_metrics()
@@ -123,10 +127,18 @@ def _gate(
     else:
         metrics = Metrics(station.options.directory, steps=station.recipe.train.steps, console=Console(quiet=True))
         record = Record(station, metrics)
+        _say_what_is_left_out(station.recipe)
         past = Past(station, journal, worker, record.values, record.put_back)
         server, summit = _cloud(station, past, record), _summit(record)
     children = children_of(station.recipe, station.name)
     return Gate(server, past, children, summit=summit, patience=_patience(station), finished_at=finished_at)
+
+
+def _say_what_is_left_out(recipe: Recipe) -> None:
+    """A deployment has no place that holds all rows, or the whole base: what needs them is for `splitllm train`."""
+    for key, wanted in (("verify_adapter", recipe.train.verify_adapter), ("trackers", recipe.train.trackers)):
+        if wanted:
+            logger.info("left out", extra={"fields": {"key": f"train.{key}", "reason": "only splitllm train does it"}})
 
 
 def _edge(station: Station, past: Past, uplink: RemoteLink) -> Server:
@@ -218,10 +230,6 @@ def _patience(station: Station) -> float | None:
     """Servers further up wait longer, so that those below them have decided first."""
     wire = station.recipe.wire
     return wire.drop_after * station.tier if wire.absent == "drop" else None
-
-
-def _say_change(state: str) -> None:
-    logger.info("uplink", extra={"fields": {"state": state}})
 
 
 async def _or_stopped(welcome: Any, stop: Stop) -> Mapping[str, Any]:

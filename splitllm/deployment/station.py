@@ -7,6 +7,7 @@ import ipaddress
 import resource
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 
 from splitllm.deployment.bounds import limits
 from splitllm.deployment.journal import Journal
-from splitllm.errors import RecipeError
+from splitllm.deployment.reach import WayUp
+from splitllm.errors import DivergedError, RecipeError, SplitLLMError
 from splitllm.model.loading import Checkpoint
 from splitllm.preflight import Plan, prepare
 from splitllm.recipe import Recipe, fingerprint, host_and_port, parent_of, tier_of
 from splitllm.roles.assembly import Assembly, Site, coding_of, schedule_of
+from splitllm.roles.checks import LONGEST_WORDS
 from splitllm.roles.device import DeviceThread
 from splitllm.roles.recovery import Standing
 from splitllm.roles.together import Tensors
@@ -28,10 +31,12 @@ from splitllm.roles.worker import Worker
 from splitllm.running.base import open_base
 from splitllm.running.world import World, open_world, share_cores
 from splitllm.wire.certificates import Credentials, load_credentials
+from splitllm.wire.message import Message
 from splitllm.wire.remote import Dialer
 from splitllm.wire.uplink import RemoteLink
 
 MIB = 2**20
+TELL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class Station:
         """This role's shard with its adapter."""
         return self.assembly(bounds).worker(self.tier, tier_of(self.recipe, self.name)[1])
 
-    def uplink(self, on_change: Callable[[str], None]) -> RemoteLink:
+    def uplink(self) -> RemoteLink:
         """The way to the role above; connects at once.
 
         Raises:
@@ -144,7 +149,8 @@ class Station:
         check_secure(address, self.credentials, self.options)
         dialer = Dialer(address, parent, self.credentials, self.recipe.wire.keepalive)
         hello = {"name": self.name, "recipe": self.identity["recipe"], "model": self.identity["model"]}
-        return RemoteLink(dialer.dial, parent, hello, coding_of(self.recipe), limits(self.plan), on_change=on_change)
+        coding = coding_of(self.recipe)
+        return RemoteLink(dialer.dial, parent, hello, coding, limits(self.plan), on_change=WayUp(parent))
 
     def address(self) -> str:
         """Where this server listens.
@@ -223,6 +229,20 @@ class Past:
         if self.worker.device.type == "cuda":
             words["gpu_mib"] = round(torch.cuda.max_memory_allocated(self.worker.device) / MIB, 1)
         return words | {f"held: {name}": round(size / MIB, 2) for name, size in self.worker.peak().items()}
+
+
+async def tell_above(uplink: RemoteLink, name: str, error: DivergedError) -> None:
+    """Tell the role above, unless that is where it comes from, that this run cannot go on.
+
+    Args:
+        uplink: to the role above.
+        name: of this role.
+        error: what is not finite here.
+    """
+    what = " ".join(str(error).split())[:LONGEST_WORDS]
+    with suppress(SplitLLMError, TimeoutError):  # the answer is an error
+        async with asyncio.timeout(TELL_SECONDS):
+            await uplink.request(Message("diverged", name, (0, 0, 0), {"what": what}))
 
 
 class Stop:

@@ -54,6 +54,13 @@ class Absence:
         """Whether a child that takes part has been away for too long."""
         return child not in self._left and self._too_long(self._away.get(child, math.inf))
 
+    def missing(self, seconds: float) -> list[str]:
+        """Who has been away for so many seconds, and is waited for without end."""
+        if self.patience is not None:
+            return []
+        gone = self._left | self._aside
+        return [child for child, since in self._away.items() if child not in gone and _now() - since >= seconds]
+
     def _too_long(self, since: float) -> bool:
         return self.patience is not None and _now() - since >= self.patience
 

@@ -18,6 +18,7 @@ from splitllm.roles.together import LARGEST_NORM
 from splitllm.wire.message import Message
 
 MOST_KEPT = 16  # steps that a role may say it kept
+LONGEST_WORDS = 300  # characters
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -182,6 +183,12 @@ def _finish(allowed: Allowed, child: Child, message: Message) -> None:
         _floats(message, name, tuple(allowed.adapter[name]), tensor)
 
 
+def _diverged(_allowed: Allowed, _child: Child, message: Message) -> None:
+    what = message.header.get("what")
+    fits = isinstance(what, str) and 1 <= len(what) <= LONGEST_WORDS and what.isprintable()
+    _need(fits, message, "words that are no line")
+
+
 _WITH_TENSORS = frozenset({"share", "forward", "backward", "close", "finish"})
 _CHECKS: dict[str, Callable[[Allowed, Child, Message], None]] = {
     "join": _join,
@@ -192,6 +199,7 @@ _CHECKS: dict[str, Callable[[Allowed, Child, Message], None]] = {
     "close": _close,
     "evaluated": _evaluated,
     "finish": _finish,
+    "diverged": _diverged,
 }
 
 

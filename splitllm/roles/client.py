@@ -17,7 +17,7 @@ from splitllm.data.batching import BatchStream, MicroBatch
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.trainable import squared_norms
 from splitllm.roles.device import Device, Inline
-from splitllm.roles.together import Crossed, expected, gathered, no_commit
+from splitllm.roles.together import Crossed, expected, finite, gathered, no_commit, travelled
 from splitllm.roles.worker import Pass, Worker
 from splitllm.wire.link import Link
 from splitllm.wire.message import Kind, Message
@@ -39,9 +39,9 @@ class StepReport:
     tokens: int
     norm: float = 0.0
 
-    def sums(self) -> list[float]:
+    def sums(self) -> list[float | None]:
         """Loss, labels and tokens, as they travel."""
-        return [self.loss, self.labels, self.tokens]
+        return [finite(self.loss), self.labels, self.tokens]
 
 
 class Client:
@@ -137,7 +137,7 @@ class Client:
         run = await self.device.run(lambda: self._forward(micro_batch, batch, train=True))
         reply = await self.uplink.request(self._question(run, batch, train=True))
         if self.worker.shard.head is None:
-            loss_value = float(reply.header["loss"])
+            loss_value = travelled(reply.header["loss"])
         else:
             rows_ND = expected(reply, "rows_ND", (batch.labels, run.output_TD.shape[1]))
             loss_value, gradient_ND = await self.device.run(
@@ -162,7 +162,7 @@ class Client:
         else:
             reply = await self.uplink.request(self._question(run, batch, train=False))
             if self.worker.shard.head is None:
-                return float(reply.header["loss"])
+                return travelled(reply.header["loss"])
             rows_ND = expected(reply, "rows_ND", (batch.labels, run.output_TD.shape[1]))
         return await self.device.run(lambda: float(self._head_loss(rows_ND, batch)[1]))
 
@@ -210,7 +210,7 @@ class Client:
         own = self.worker.trainable.gradients()
         shared = self.replicas > 1
         header = {
-            "norms": {} if shared else squared_norms(own),
+            "norms": {} if shared else {name: finite(norm) for name, norm in squared_norms(own).items()},
             "losses": {self.index: report.sums()},
             "bytes": {self.name: self._crossed.since_asked()},
         }

@@ -160,9 +160,12 @@ class Gate:
         Raises:
             RejoinError: it belongs to a generation that is over, or that ended while it was under way.
             PeerError: it breaks the protocol.
+            DivergedError: a role below found values that are not finite: the run is over.
         """
         if self._finished_at is not None:
             return await self._late(message, self._finished_at)
+        if message.kind == "diverged":
+            raise DivergedError(message.header["what"])
         if message.kind == "join":
             return await self._join(message)
         if self._begun is None or message.generation != self._begun.number or message.sender not in self.members:
@@ -184,6 +187,10 @@ class Gate:
         self._absence.left(child)
         if self._begun is None and self._settling is None:
             self._settle_anew()
+
+    def missing(self, seconds: float) -> list[str]:
+        """Children that have been away for so many seconds, and are waited for without end."""
+        return self._absence.missing(seconds)
 
     # Whoever stays away for too long is left out.
 

@@ -17,7 +17,7 @@ from splitllm.model.randomness import MicroBatchId
 from splitllm.model.trainable import Tensors, clip_factor, squared_norms
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.meeting import Meeting
-from splitllm.roles.together import Crossed, add_into, expected, no_commit
+from splitllm.roles.together import Crossed, add_into, expected, finite, no_commit, travelled
 from splitllm.roles.worker import Pass, Worker
 from splitllm.wire.link import Link, Traffic
 from splitllm.wire.message import Kind, Message
@@ -31,12 +31,12 @@ class StepSums:
     """What the children tell of a step when it closes.
 
     Attributes:
-        losses: client -> summed loss, labels, tokens.
+        losses: client -> summed loss (None if it is not finite), labels, tokens.
         crossed: role -> bytes up and down over its link since the last step.
         norm: total gradient norm.
     """
 
-    losses: Mapping[int, Sequence[float]]
+    losses: Mapping[int, Sequence[Any]]
     crossed: Mapping[str, Sequence[int]]
     norm: float
 
@@ -171,7 +171,7 @@ class Server:
         gradient_TD, loss = await (self._loss(message) if self.uplink is None else self._loss_above(message))
         self._due.pop(micro_batch, None)
         tensors = {} if gradient_TD is None else {"gradient_TD": gradient_TD}
-        return self.message("forward", message.micro_batch, {"loss": loss}, tensors)
+        return self.message("forward", message.micro_batch, {"loss": finite(loss)}, tensors)
 
     def _check_due(self, message: Message) -> MicroBatchId:
         """A training micro-batch was announced when the step opened, and comes once."""
@@ -220,7 +220,7 @@ class Server:
         worker = self._need_worker()
         run = await self.device.run(lambda: self._pass(message))
         reply = await self.uplink.request(self._onward(message, run))
-        loss = float(reply.header["loss"])
+        loss = travelled(reply.header["loss"])
         if not run.output_TD.requires_grad:
             return None, loss
         gradient_TD = expected(reply, "gradient_TD", tuple(run.output_TD.shape))
@@ -270,7 +270,7 @@ class Server:
     # A step closes: norms and sums go up, the total norm, the sums and the commit come down.
 
     async def _close(self, messages: list[Message]) -> Callable[[Message], Message]:
-        norms: dict[str, float] = {}
+        norms: dict[str, float | None] = {}
         sums: Tensors = {}
         told = StepSums({}, {}, 0.0)
         for message in messages:
@@ -278,7 +278,10 @@ class Server:
             add_into(sums, message.tensors)
             told = _with(told, message.header)
         own = self.worker.trainable.gradients() if self.worker is not None else {}
-        (sums if self._shared() else norms).update(own if self._shared() else squared_norms(own))  # type: ignore[arg-type]
+        if self._shared():
+            sums.update(own)
+        else:
+            norms.update({name: finite(norm) for name, norm in squared_norms(own).items()})
         norm, factor, totals = await self._settle(messages[0], norms, sums, told)
         await self._apply(messages[0].step, {name: totals.get(name, own[name]) for name in own}, factor)
         header = {"norm": norm, "factor": factor}
@@ -299,7 +302,7 @@ class Server:
         await self.device.run(job)
 
     async def _settle(
-        self, message: Message, norms: dict[str, float], sums: Tensors, told: StepSums
+        self, message: Message, norms: Mapping[str, float | None], sums: Tensors, told: StepSums
     ) -> tuple[float, float, Mapping[str, torch.Tensor]]:
         """Total norm, clipping factor and the sums over all replicas."""
         if self.top is None:
@@ -309,7 +312,8 @@ class Server:
             reply = await self.uplink.request(self.message("close", message.micro_batch, header, sums))
             return float(reply.header["norm"]), float(reply.header["factor"]), reply.tensors
         totals = self.top.all_sums(sums)
-        norm = math.sqrt(math.fsum([*norms.values(), *squared_norms(totals).values()]))
+        squares = [*norms.values(), *map(finite, squared_norms(totals).values())]
+        norm = math.sqrt(math.fsum(map(travelled, squares)))
         if not math.isfinite(norm):
             raise DivergedError(f"step {message.step + 1}: the gradient norm is {norm}; lower the learning rate")
         self.top.observe(message.step, replace(told, norm=norm))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -38,6 +39,11 @@ def expected(message: Message, name: str, shape: tuple[int, ...]) -> torch.Tenso
 def finite(value: float) -> float | None:
     """A loss or squared norm as it travels: JSON has no infinity, so None stands for what is not finite."""
     return value if abs(value) <= LARGEST_NORM else None
+
+
+def travelled(value: float | None) -> float:
+    """What `finite` made of it; what was not finite is infinite."""
+    return math.inf if value is None else float(value)
 
 
 async def gathered(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

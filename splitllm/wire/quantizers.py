@@ -54,10 +54,10 @@ def int8_decode(parts: list[Tensor], width: int) -> Tensor:
     return _with_outliers(codes_TD.float().mul_(scale_T.unsqueeze(1)), ids_M, kept_TM, width)
 
 
-# int4: like int8 by groups, the scale of a group being eight bits times that of its token. The scale has the sign that
-# puts the group's largest magnitude at code -8, so all 16 codes are used. Rounding is dithered: noise of half a step at most
-# is added before and, since both ends know it, subtracted after, so what is lost does not depend on the values
-# (Schuchman 1964). Nearest rounding to so few values has a pattern, which the adapter would learn.
+# int4: like int8 by groups, the scale of a group being eight bits times that of its token. The scale has the sign
+# that puts the group's largest magnitude at code -8, so all 16 codes are used. Rounding is dithered: noise of half a
+# step at most is added before and, since both ends know it, subtracted after, so what is lost does not depend on the
+# values (Schuchman 1964). Nearest rounding to so few values has a pattern, which the adapter would learn.
 
 
 def int4_parts(tokens: int, width: int) -> list[Part]:

@@ -7,6 +7,7 @@ The one file that imports grpc. Messages are bytes with identity serializers: no
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any
@@ -38,6 +39,14 @@ TLS_REFUSALS = {
 }
 
 Serve = Callable[[Stream, str | None], Awaitable[None]]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """A caller that is gone before its status was sent is none, but gRPC logs a traceback where it learns of it late."""
+    return not str(record.msg).startswith("ExecuteBatchError raised in core")
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
 
 
 def _options(keepalive: float) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from splitllm.deployment.record import Record
 from splitllm.deployment.station import Options, Past, Station, open_station
+from splitllm.errors import DivergedError
 from splitllm.metrics import Metrics, read_records
 from splitllm.model.lora import adapter_shapes
 from splitllm.recipe import load_recipe
@@ -134,6 +135,14 @@ def test_the_end_is_written_once(station: Station) -> None:
 
     record.finish({}, {})  # asked again by one who was lost
     assert json.loads((directory / "summary.json").read_text()) == summary
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_counted(station: Station) -> None:
+    record = record_of(station)
+    told = StepSums({0: [6.0, 3, 10], 1: [None, 3, 10]}, {}, norm=0.5)
+    with pytest.raises(DivergedError, match=r"^step 3: the loss is not finite; lower the learning rate$"):
+        record.stepped(2, told)
+    assert record.totals.tokens == 0
 
 
 def test_an_end_that_was_cut_short_is_written_anew(station: Station) -> None:

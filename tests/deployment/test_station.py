@@ -101,7 +101,7 @@ def test_addresses_that_nobody_gave_are_missed(path: Path, tmp_path: Path) -> No
 
 
 async def _dial(edge: Station) -> None:
-    edge.uplink(lambda state: None)
+    edge.uplink()
 
 
 def test_a_server_reads_no_rows_and_a_client_only_its_own(path: Path, tmp_path: Path) -> None:

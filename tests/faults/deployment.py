@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import signal
 import socket
@@ -13,7 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from safetensors.torch import load_file
 
 from splitllm.metrics import read_records
 from splitllm.recipe import Recipe, load_recipe, role_names, tier_of
@@ -22,8 +26,26 @@ from splitllm.wire.issuing import issue
 ROOT = Path(__file__).resolve().parents[2]
 PORTS = range(7500, 7900)  # below those that the system gives to outgoing connections: a restarted server finds it free
 COMMANDS = ("client", "edge", "cloud")
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["splitllm.cli", "splitllm.deployment.run", "transformers.models.gpt2.modeling_gpt2"])
 TAIL = 8
-WAIT_SECONDS = 240.0  # no wait takes so long unless something hangs, even on a machine that is busy with other things
+DOING = {
+    "listening": "starts",
+    "leaves the device": "starts",
+    "uplink": "connects",
+    "cut": "joins",
+    "rejoining": "joins",
+    "generation over": "joins",
+    "generation begins": "evaluates",
+    "joined": "evaluates",
+    "step": "trains",
+    "evaluation": "trains",
+    "done": "is done",
+    "complete": "has ended",
+    "the run was complete already": "is done",
+}
+"""Last event of a log -> what its role is about."""
+WAIT_SECONDS = 120.0  # no wait takes so long unless something hangs, even on a machine that is busy with other things
 ADAPTER = Path("adapter/adapter_model.safetensors")
 
 
@@ -72,19 +94,47 @@ class Relay:
         return process
 
 
-@dataclass
 class Process:
-    """One start of one role."""
+    """One start of one role: the command `splitllm`, forked where all is imported already, which takes seconds.
 
-    process: subprocess.Popen[bytes]
-    files: tuple[IO[bytes], IO[bytes]]
-    paused: bool = False
+    Args:
+        words: of the command line.
+        out, err: files that standard output and error are appended to.
+
+    Attributes:
+        since: bytes that were in `out` before.
+    """
+
+    def __init__(self, words: list[str], out: Path, err: Path) -> None:
+        self.since = out.stat().st_size if out.exists() else 0
+        self._process = FORKS.Process(target=_splitllm, args=(words, str(out), str(err)), daemon=True)
+        self._process.start()
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.status is None:
+            assert self._process.pid is not None
+            os.kill(self._process.pid, number)
+
+    @property
+    def status(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs."""
+        return self._process.exitcode
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for file in self.files:
-            file.close()
+        self._process.kill()
+        self._process.join()
+
+
+def _splitllm(words: list[str], out: str, err: str) -> None:
+    """In the process of a role."""
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.chdir(ROOT)
+    sys.argv = ["splitllm", *words]
+    from splitllm.cli import main
+
+    main()
 
 
 @dataclass
@@ -103,6 +153,8 @@ class Deployment:
     recipe: Recipe = field(init=False)
     running: dict[str, Process] = field(default_factory=dict, init=False)
     relays: dict[str, Relay] = field(default_factory=dict, init=False)
+    since: dict[str, int] = field(default_factory=dict, init=False)
+    killed: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
@@ -123,22 +175,18 @@ class Deployment:
         for name in names or self.names:
             assert name not in self.running, name
             self.running[name] = self.spawn(name, more=more, directory=directory)
+            self.since[name] = self.running[name].since
 
     def spawn(self, name: str, *, more: tuple[str, ...] = (), directory: str | None = None) -> Process:
         """A process of a role, beside the one that there may be."""
         label = directory or name
         addresses = ", ".join(f"{server}: 127.0.0.1:{self._ports[f'{server} relayed']}" for server in self.servers)
         wire = [f"wire.addresses={{{addresses}}}", f"wire.certificates={self.folder / 'certificates'}"]
-        command = [sys.executable, "-m", "splitllm", COMMANDS[min(2, tier_of(self.recipe, name)[0])], str(self.path)]
-        if name == self.top:
-            command[3] = "cloud"
+        place = "cloud" if name == self.top else COMMANDS[min(1, tier_of(self.recipe, name)[0])]
         listen = ["--listen", f"127.0.0.1:{self._ports[name]}"] if name in self.servers else []
         words = ["--name", name, "--output-dir", str(self.folder / label), *listen]
-        files = (self.log_of(label).open("ab"), self.log_of(label, "err").open("ab"))
-        process = subprocess.Popen(
-            [*command, *self.overrides, *wire, *more, *words], cwd=ROOT, stdout=files[0], stderr=files[1]
-        )
-        return Process(process, files)
+        words = [place, str(self.path), *self.overrides, *wire, *more, *words]
+        return Process(words, self.log_of(label), self.log_of(label, "err"))
 
     def log_of(self, name: str, suffix: str = "log") -> Path:
         return self.folder / f"{name}.{suffix}"
@@ -148,38 +196,46 @@ class Deployment:
     def kill(self, *names: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Kill roles at once, or stop them cleanly, and wait until they are gone."""
         for name in names:
-            self.running[name].process.send_signal(number)
-        for name in names:
-            self.exit_of(name)
+            self.running[name].signal(number)
+        self.killed.update(name for name in names if self.exit_of(name) == -number)
 
     def exit_of(self, name: str, seconds: float = WAIT_SECONDS) -> int:
         """Wait for a role to end."""
         running = self.running[name]
-        self.until(lambda: running.process.poll() is not None, f"{name} to end", seconds)
+        self.until(lambda: running.status is not None, f"{name} to end", seconds)
         del self.running[name]
-        running.end()
-        return running.process.returncode
+        assert running.status is not None
+        return running.status
 
     def pause(self, *names: str) -> None:
         for name in names:
-            self.running[name].process.send_signal(signal.SIGSTOP)
-            self.running[name].paused = True
+            self.running[name].signal(signal.SIGSTOP)
 
     def resume(self, *names: str) -> None:
         for name in names:
-            self.running[name].process.send_signal(signal.SIGCONT)
-            self.running[name].paused = False
+            self.running[name].signal(signal.SIGCONT)
 
     # What can be seen from outside.
 
-    def events(self, name: str) -> list[dict[str, Any]]:
-        """What a role logged, over all its starts."""
+    def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:
+        """What a role logged, over all its starts, or from a byte of its log on."""
         path = self.log_of(name)
-        *lines, _half = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        *lines, _half = path.read_bytes()[since:].split(b"\n") if path.exists() else [b""]
         return [json.loads(line) for line in lines if line.startswith(b"{")]
 
     def said(self, name: str, event: str) -> list[dict[str, Any]]:
         return [record for record in self.events(name) if record["event"] == event]
+
+    def doing(self, name: str) -> str:
+        """What a role is about, or was about when it was killed."""
+        if self.is_committing(name):
+            return "commits"
+        events = self.events(name, self.since[name])
+        return DOING.get(events[-1]["event"], "is connected") if events else "starts"
+
+    def is_committing(self, name: str) -> bool:
+        """Whether a role is writing its journal, or was when it was killed."""
+        return any((self.folder / name / "journal").glob(".*.writing"))
 
     def complaints(self, name: str) -> str:
         return self.log_of(name, "err").read_text()
@@ -195,19 +251,29 @@ class Deployment:
         steps = [record["step"] for record in map(json.loads, lines) if record["event"] == "train"]
         return steps[-1] if steps else 0
 
-    def until(self, done: Callable[[], bool], what: str, seconds: float = WAIT_SECONDS) -> None:
+    def until(self, done: Callable[[], bool], what: str, seconds: float = WAIT_SECONDS, every: float = 0.001) -> None:
         """Wait; a wait that takes too long tells what every role logged last."""
         deadline = time.monotonic() + seconds
         while not done():
             if time.monotonic() > deadline:
                 raise Stuck(f"waited {seconds:g} s for {what}\n{self.tails()}")
-            time.sleep(0.001)
+            time.sleep(every)
 
     def until_step(self, step: int, seconds: float = WAIT_SECONDS) -> None:
         self.until(lambda: self.step() >= step or self.all_ended(), f"step {step}", seconds)
 
+    def sleep_until_step(self, step: int, seconds: float) -> None:
+        """Sleep, but no longer than until the top has logged a step."""
+        deadline = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() >= deadline or self.step() >= step, f"step {step}")
+
+    def until_commit(self, name: str, seconds: float = WAIT_SECONDS) -> None:
+        """Until a role writes its journal, or has ended."""
+        running = self.running[name]
+        self.until(lambda: self.is_committing(name) or running.status is not None, f"{name} to commit", seconds, 0.0)
+
     def all_ended(self) -> bool:
-        return all(running.process.poll() is not None for running in self.running.values())
+        return all(running.status is not None for running in self.running.values())
 
     def finish(self, seconds: float = WAIT_SECONDS) -> dict[str, int]:
         """Wait until every role that runs has ended; exit status by role."""
@@ -237,6 +303,14 @@ class Deployment:
     def lines(self) -> list[tuple[Any, ...]]:
         """What the metrics say of every step and evaluation, but for times and bytes."""
         return counted(self.folder / self.top)
+
+    def applied(self) -> dict[str, set[int]]:
+        """How often every role's optimiser says it has stepped, after the newest step in its journal."""
+        found = {}
+        for name in self.names:
+            tensors = load_file(self.folder / name / "journal" / f"step-{self.committed(name)}.safetensors")
+            found[name] = {int(tensor) for key, tensor in tensors.items() if key.startswith("step/")}
+        return found
 
     def journaled(self) -> dict[str, list[int]]:
         """The steps in every role's journal."""

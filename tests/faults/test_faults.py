@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from splitllm.recipe import load_recipe
+from splitllm.recipe import load_recipe, tier_of
 from splitllm.train import train
 from tests.faults.deployment import ADAPTER, Deployment, counted, deployed
 from tests.tiny import write_recipe
@@ -30,9 +31,16 @@ TREES = {
     "4-2-1": ("split.tiers={client: 4, edge: 2, cloud: 1}", "split.labels=cloud"),
 }
 SEEDS = [int(seed) for seed in os.environ.get("FAULTS_SEEDS", ",".join(map(str, range(32)))).split(",")]
-START_SECONDS = 8.0
-HEADER = """\
-| seed | tree | faults: kind, role, step + delay | steps rerun | seconds | adapter equal | steps counted |
+MOMENTS = {"after": 0.3, "step": 0.2, "commit": 0.2, "end": 0.3}
+"""When a fault happens, and how often of all that are drawn.
+
+after: soon after the fault before, while roles start and the run is being recovered; step: anywhere in a step;
+commit: as the role writes its journal; end: when the last step is done and the run is being completed.
+"""
+DELAYS = {"after": 4.0, "step": 0.3, "commit": 0.0, "end": 0.1}
+MARGIN = 10  # steps before the end after which nothing waits any more
+HEADER = """
+| seed | tree | faults: kind, roles (what they did), when | steps rerun | seconds | adapter equal | steps counted |
 |---|---|---|---|---|---|---|"""
 
 
@@ -43,20 +51,18 @@ class Fault:
     Attributes:
         kind: kill, pause, or a command of the relay (cut, drop, refuse).
         roles: to whom; of the relay, the server before which it stands.
-        step: that is logged at the top before it happens.
-        delay: seconds after that.
+        moment: one of `MOMENTS`.
+        step: that the top has logged before it happens.
+        delay: seconds after that moment.
         seconds: that it lasts.
     """
 
     kind: str
     roles: tuple[str, ...]
+    moment: str
     step: int
     delay: float
     seconds: float
-
-    def __str__(self) -> str:
-        lasts = "" if self.kind == "drop" else f" for {self.seconds:.1f} s"
-        return f"{self.kind} {'+'.join(self.roles)} at {self.step}+{self.delay:.2f} s{lasts}"
 
 
 @dataclass(frozen=True)
@@ -77,61 +83,68 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def reference(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
     """Tree -> the run of `splitllm train` in one process."""
     folder = tmp_path_factory.mktemp("reference")
-    path = write_recipe(folder)
     made: dict[str, Reference] = {}
 
     def of(tree: str) -> Reference:
         if tree not in made:
-            summary = train(load_recipe(path, [*COMMON, *TREES[tree]]), folder / tree)
+            summary = train(load_recipe(recipe, [*COMMON, *TREES[tree]]), folder / tree)
             adapter = (folder / tree / ADAPTER).read_bytes()
-            made[tree] = Reference(path, adapter, counted(folder / tree), summary["train_tokens"])
+            made[tree] = Reference(recipe, adapter, counted(folder / tree), summary["train_tokens"])
         return made[tree]
 
     return of
 
 
 def drawn(seed: int, names: list[str]) -> list[Fault]:
-    """The faults of a run, in order: half of them while the one before is being recovered from."""
+    """The faults of a run, in order."""
     draw = random.Random(seed)
     clients, servers = [n for n in names if n.startswith("client")], [n for n in names if not n.startswith("client")]
-    edges = servers[:-1]
-    wanted: list[tuple[str, tuple[str, ...], float]] = [
-        ("kill", (draw.choice(clients),), draw.choice((0.0, 3.0)) * draw.random()),
-        ("kill", (draw.choice(edges),), draw.choice((0.0, 3.0)) * draw.random()),
-        ("kill", (servers[-1],), draw.choice((0.0, 3.0)) * draw.random()),
-        ("pause", (draw.choice(names),), draw.uniform(0.1, 4.0)),
-        (draw.choice(("cut", "refuse", "drop")), (draw.choice(servers),), draw.uniform(0.1, 4.0)),
-    ]
-    if draw.random() < 0.3:
-        wanted.append(("kill", tuple(draw.sample(names, draw.randint(2, len(names)))), 2.0 * draw.random()))
-    draw.shuffle(wanted)
-    faults, step = [], 0
-    for kind, roles, seconds in wanted:
-        soon = draw.random() < 0.5
-        step = step if soon else draw.randint(step, STEPS - 2)
-        faults.append(Fault(kind, roles, step, START_SECONDS * draw.random() if soon else 0.2 * draw.random(), seconds))
+    some = draw.sample(names, draw.choice((1, draw.randint(2, len(names)))))
+    kills = [(draw.choice(clients),), (draw.choice(servers[:-1]),), (servers[-1],), tuple(some)]
+    wanted = [("kill", roles, draw.choice((0.0, 3.0)) * draw.random()) for roles in kills]
+    wanted.append(("pause", (draw.choice(names),), draw.uniform(0.1, 4.0)))
+    wanted.append((draw.choice(("cut", "refuse", "drop")), (draw.choice(servers),), draw.uniform(0.1, 4.0)))
+    moments = draw.choices(list(MOMENTS), list(MOMENTS.values()), k=len(wanted))
+    for index in range(3):  # a role of every tier dies while it lives
+        moments[index] = draw.choice(("step", "commit")) if moments[index] == "end" else moments[index]
+    order = sorted(range(len(wanted)), key=lambda index: (moments[index] == "end", draw.random()))
+    steps = sorted(draw.randint(1, STEPS - MARGIN) for _ in wanted)
+    faults = []
+    for index, step in zip(order, steps, strict=True):
+        kind, roles, seconds = wanted[index]
+        moment = moments[index]
+        due = {"after": 0, "end": STEPS}.get(moment, step)
+        faults.append(Fault(kind, roles, moment, due, DELAYS[moment] * draw.random(), seconds))
     return faults
 
 
-def inflict(deployment: Deployment, fault: Fault) -> None:
-    """Let a fault happen in its moment, and end."""
+def inflict(deployment: Deployment, fault: Fault) -> str:
+    """Let a fault happen in its moment, and end; returns what happened."""
     deployment.until_step(fault.step)
-    time.sleep(fault.delay)
-    if fault.kind in ("kill", "pause"):
-        fault = Fault(fault.kind, tuple(n for n in fault.roles if n in deployment.running), 0, 0, fault.seconds)
+    if fault.moment == "commit":
+        deployment.until_commit(fault.roles[0])
+    latest = STEPS + 1 if fault.moment == "end" else STEPS - MARGIN
+    deployment.sleep_until_step(latest, fault.delay)
     if fault.kind == "kill":
         deployment.kill(*fault.roles)
-        time.sleep(fault.seconds)
-        deployment.start(*fault.roles)
     elif fault.kind == "pause":
         deployment.pause(*fault.roles)
-        time.sleep(fault.seconds)
-        deployment.resume(*fault.roles)
     else:
         deployment.relays[fault.roles[0]].tell("drop" if fault.kind == "drop" else f"{fault.kind} {fault.seconds}")
+    step, lasts = deployment.step(), "" if fault.kind == "drop" else f" for {fault.seconds:.1f} s"
+    doing = " + ".join(f"{name} ({deployment.doing(name)})" for name in fault.roles)
+    if fault.kind in ("kill", "pause"):
+        time.sleep(fault.seconds)
+        (deployment.start if fault.kind == "kill" else deployment.resume)(*fault.roles)
+    return f"{fault.kind} {doing} {fault.moment}, step {step}{lasts}"
 
 
 def assert_undisturbed(deployment: Deployment, reference: Reference) -> None:
@@ -141,22 +154,35 @@ def assert_undisturbed(deployment: Deployment, reference: Reference) -> None:
     assert deployment.summary()["train_tokens"] == reference.tokens
     last = [STEPS - 1, STEPS]
     assert deployment.journaled() == dict.fromkeys(deployment.names, last)
+    assert deployment.applied() == {name: {STEPS} for name in deployment.names}
+    for name in deployment.names:
+        assert_no_step_is_left_out_or_twice_in_a_generation(deployment.events(name))
+
+
+def assert_no_step_is_left_out_or_twice_in_a_generation(events: list[dict[str, Any]]) -> None:
+    step = None
+    for event in events:
+        if event["event"] in ("joined", "generation begins"):
+            step = event["step"]
+        elif event["event"] == "step":
+            assert step is not None and event["step"] == step + 1, event
+            step = event["step"]
 
 
 def one_run(folder: Path, reference: Reference, tree: str, faults: list[Fault]) -> list[object]:
-    """A run with faults; returns the last cells of its line of the table."""
+    """A run with faults; returns the cells of its line of the table, after seed and tree."""
     started = time.monotonic()
     with deployed(reference.recipe, folder, *COMMON, *TREES[tree]) as deployment:
         deployment.start()
-        for fault in faults:
-            inflict(deployment, fault)
+        happened = [inflict(deployment, fault) for fault in faults]
         ends = deployment.finish()
         assert ends == dict.fromkeys(deployment.names, 0), deployment.tails()
         assert_undisturbed(deployment, reference)
+        assert {tier_of(deployment.recipe, name)[0] for name in deployment.killed} == {0, 1, 2}
         equal = "yes" if deployment.adapter() == reference.adapter else "no"
         rerun = len(deployment.said(deployment.top, "step")) - STEPS
         steps = sum(event == "train" for event, *_ in deployment.lines())
-        return [rerun, round(time.monotonic() - started), equal, steps]
+        return ["; ".join(happened), rerun, round(time.monotonic() - started), equal, steps]
 
 
 @pytest.mark.system
@@ -204,6 +230,18 @@ def kill_cloud_before_edge_commits(deployment: Deployment) -> int:
     raise AssertionError("the answer always arrived")
 
 
+@pytest.mark.system
+@pytest.mark.parametrize("tree", TREES)
+def test_a_run_that_diverges_ends_everywhere_in_one_line(tree: str, recipe: Path, tmp_path: Path) -> None:
+    wild = ("train.optimizer.lr=1e30", "train.eval_every=null")
+    with deployed(recipe, tmp_path / "run", *COMMON, *TREES[tree], *wild) as deployment:
+        deployment.start()
+        assert deployment.finish() == dict.fromkeys(deployment.names, 1), deployment.tails()
+        for name in deployment.names:
+            said = deployment.complaints(name)
+            assert said.count("\n") == 1 and said.endswith("lower the learning rate\n"), (name, said)
+
+
 @pytest.mark.soak
 def test_stopped_roles_go_on_and_those_lost_at_the_end_hear_of_it(
     reference: Callable[[str], Reference], tmp_path: Path
@@ -213,18 +251,19 @@ def test_stopped_roles_go_on_and_those_lost_at_the_end_hear_of_it(
         deployment.start()
         for count, name in enumerate(("client-0", "edge", "cloud"), start=1):
             deployment.until_step(20 * count)
-            deployment.running[name].process.send_signal(signal.SIGTERM)
+            deployment.running[name].signal(signal.SIGTERM)
             assert deployment.exit_of(name) == 1
             said = deployment.complaints(name)
             assert "start it again" in said and said.count("\n") == 1
             deployment.start(name)
         deployment.until_step(80)
+        deployment.pause("cloud")  # so that the run goes on until then
         for directory, status, reason in (("client-1", 2, "another process runs client-1 here"), ("x", 1, "runs once")):
             second = deployment.spawn("client-1", directory=directory)
-            deployment.until(lambda second=second: second.process.poll() is not None, "a refusal")  # type: ignore[misc]
-            second.end()
-            assert second.process.returncode == status, deployment.tails()
+            deployment.until(lambda second=second: second.status is not None, "a refusal")  # type: ignore[misc]
+            assert second.status == status, deployment.tails()
             assert reason in deployment.complaints(directory)
+        deployment.resume("cloud")
         deployment.until(lambda: bool(deployment.said("cloud", "done")), "the adapter")
         deployment.kill("edge", "client-1")
         deployment.start("edge", "client-1")
@@ -259,11 +298,54 @@ def test_lost_journals_are_replaced_by_those_of_the_tier_or_missed(
         shutil.rmtree(journal)
         journal.with_name("away").rename(journal)
         foreign = deployment.spawn("cloud", more=("seed=4",))
-        deployment.until(lambda: foreign.process.poll() is not None, "a refusal")
-        foreign.end()
-        assert foreign.process.returncode == 2
+        deployment.until(lambda: foreign.status is not None, "a refusal")
+        assert foreign.status == 2
         assert "holds the journal of another run (recipe " in deployment.complaints("cloud")
         deployment.start()
+        assert deployment.finish() == dict.fromkeys(deployment.names, 0)
+        assert_undisturbed(deployment, undisturbed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["client-0", "edge", "cloud"])
+def test_a_role_that_cannot_write_its_journal_ends_in_a_line_and_the_run_goes_on_later(
+    name: str, reference: Callable[[str], Reference], tmp_path: Path
+) -> None:
+    undisturbed = reference("2-1-1")
+    with deployed(undisturbed.recipe, tmp_path / "run", *COMMON, *TREES["2-1-1"]) as deployment:
+        deployment.start()
+        deployment.until_step(20)
+        journal = deployment.folder / name / "journal"
+        journal.rename(journal.with_name("away"))
+        above = deployment.names[deployment.names.index(name) + 1 :]
+        ended = ["client-0"] if name == "client-0" else [other for other in deployment.names if other not in above]
+        for other in ended:
+            assert deployment.exit_of(other) == 1
+            assert deployment.complaints(other).count("\n") == 1, deployment.complaints(other)
+        assert str(journal) in deployment.complaints(name)
+        shutil.rmtree(journal, ignore_errors=True)
+        journal.with_name("away").rename(journal)
+        deployment.start(*ended)
+        assert deployment.finish() == dict.fromkeys(deployment.names, 0)
+        assert_undisturbed(deployment, undisturbed)
+
+
+@pytest.mark.soak
+def test_who_is_lost_at_the_end_and_back_after_the_cloud_has_left_needs_it_once_more(
+    reference: Callable[[str], Reference], tmp_path: Path
+) -> None:
+    undisturbed = reference("2-1-1")
+    with deployed(undisturbed.recipe, tmp_path / "run", *COMMON, *TREES["2-1-1"]) as deployment:
+        deployment.start()
+        deployment.until(lambda: bool(deployment.said("cloud", "done")), "the adapter", every=0.0)
+        deployment.kill("edge")
+        assert deployment.exit_of("cloud") == 0
+        assert deployment.adapter() == undisturbed.adapter
+        assert any("never said goodbye" in event["event"] for event in deployment.events("cloud"))
+        deployment.start("edge")
+        time.sleep(3)
+        assert deployment.said("edge", "uplink")[-1]["state"] != "connected"
+        deployment.start("cloud")
         assert deployment.finish() == dict.fromkeys(deployment.names, 0)
         assert_undisturbed(deployment, undisturbed)
 
@@ -300,15 +382,15 @@ def test_random_faults_change_nothing(
     reference: Callable[[str], Reference],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
+    pytestconfig: pytest.Config,
 ) -> None:
     tree = list(TREES)[seed % 4 == 3]
     with deployed(reference(tree).recipe, tmp_path / "names", *COMMON, *TREES[tree]) as deployment:
         faults = drawn(seed, deployment.names)
-    row = one_run(tmp_path / "run", reference(tree), tree, faults)
-    cells = [seed, tree, "; ".join(map(str, faults)), *row]
+    cells = [seed, tree, *one_run(tmp_path / "run", reference(tree), tree, faults)]
     with capsys.disabled():
-        writer = request.config.get_terminal_writer()
-        if seed == SEEDS[0]:
-            writer.line(f"\n{HEADER}")
-        writer.line(f"| {' | '.join(map(str, cells))} |")
+        reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+        assert reporter is not None
+        reporter.ensure_newline()
+        for line in [HEADER] * (seed == SEEDS[0]) + [f"| {' | '.join(map(str, cells))} |"]:
+            reporter.write_line(line)

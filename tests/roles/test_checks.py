@@ -119,6 +119,15 @@ def test_a_state_that_is_shared_passes() -> None:
         checked.of(message).check(replace(message, tensors={adapter: torch.zeros(())}))
 
 
+@pytest.mark.parametrize("what", [None, 3, "", "x" * 301, "two\nlines", "\x1b[31m", ["nan"]])
+def test_what_a_role_says_of_its_values_is_one_short_line(what: Any) -> None:
+    checked = Checked(wanted("gpt2", [2, 4], "client"), corpus(2, rows=6))
+    message = Message("diverged", "client-0", (0, 0, 0), {"what": "hidden_TD of client-0: a value is nan"})
+    checked.of(message).check(message)
+    with pytest.raises(PeerError, match="client-0 sent diverged with words that are no line"):
+        checked.of(message).check(replace(message, header={"what": what}))
+
+
 # Corrupt messages
 
 
@@ -219,7 +228,8 @@ def _unlike(value: Any, junk: Any) -> bool:
 @pytest.mark.parametrize("labels", ["client", "cloud"])
 def test_every_corrupt_tensor_is_refused(labels: str) -> None:
     checked, found = recorded(labels)
-    assert {kind for kind, _ in found} == set(KINDS) - {"share"} - ({"backward"} if labels == "cloud" else set())
+    unseen = {"share", "diverged", "backward"} if labels == "cloud" else {"share", "diverged"}
+    assert {kind for kind, _ in found} == set(KINDS) - unseen
     for message in found.values():
         for name, tensor in message.tensors.items():
             rest = {other: t for other, t in message.tensors.items() if other != name}

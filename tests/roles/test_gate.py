@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from splitllm.errors import CheckpointError, PeerError, RejoinError
+from splitllm.errors import CheckpointError, DivergedError, PeerError, RejoinError
 from splitllm.recipe import Recipe
 from splitllm.wire.message import Message
 from tests.families import corpus, recipe
@@ -145,6 +145,20 @@ def ask(message: Message, tree: Tree) -> None:
 def test_before_a_generation_begins_and_after_it_is_over_all_must_join(kind: Any) -> None:
     with pytest.raises(RejoinError, match="cloud: generation 3 is over; join again"):
         ask(Message(kind, "edge-0", (0, 0, 0), generation=3), tree())
+
+
+def test_a_role_below_ends_the_run_when_its_values_are_not_finite() -> None:
+    with pytest.raises(DivergedError, match=r"^hidden_TD of edge-0: a value is nan$"):
+        ask(Message("diverged", "edge-0", (0, 0, 0), {"what": "hidden_TD of edge-0: a value is nan"}), tree())
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("tiers", [TIERS, {"client": 1, "edge": 1, "cloud": 1}], ids=["replicas", "lone roles"])
+def test_norms_that_are_not_finite_travel_and_end_the_run(labels: str, tiers: dict[str, int]) -> None:
+    settings = {"steps": 3, "batch_size": 1, "accumulate": 2, "in_flight": 2, "optimizer": {"lr": 1e200}}
+    wild = recipe("gpt2", [1, 2], labels, split={"tiers": tiers}, train=settings)
+    with pytest.raises(DivergedError, match=r"^step [23]: the gradient norm is (inf|nan); lower the learning rate$"):
+        finish(Tree(wild, corpus(tiers["client"], rows=6)))
 
 
 def test_where_no_step_is_left_everybody_learns_why() -> None:

@@ -1,15 +1,17 @@
-"""docs/deployment.md as an operator follows it: three machines, each with its own folder, and a cable that is pulled."""
+"""docs/deployment.md as an operator follows it: its commands, firewall and units; and a cable that is pulled."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,51 +24,76 @@ from splitllm.train import train
 pytestmark = pytest.mark.system
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "deployment.yaml"
+PAGE = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
+RECIPE = ROOT / "recipes/deployment.yaml"
 ADAPTER = Path("adapter/adapter_model.safetensors")
 ROLES = {"cloud": ("cloud",), "edge": ("edge",), "client": ("client-0", "client-1")}
 """Machine -> its roles; the folders of these and of no others are copied to it."""
-SHORT = ("train.steps=10", "train.threads=1", "train.eval_every=10", "train.schedule.warmup_steps=2", "data.limit=400")
+CALLERS = {"cloud": "edge", "edge": "client"}
+SHORT = ("train.steps=8", "train.threads=1", "train.eval_every=8", "train.schedule.warmup_steps=2", "data.limit=400")
 PORT = 7000
-SECONDS_WITHOUT_LINK = 5.0
+SECONDS_WITHOUT_LINK = 4.0
 LISTENING, TCP = "0A", ("/proc/net/tcp", "/proc/net/tcp6")
 
 
+def blocks(language: str) -> list[str]:
+    """What the page shows in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def start_commands() -> dict[str, list[str]]:
+    """Role -> the words after `splitllm` that start it, as the page has them."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    words = [shlex.split(line, comments=True)[1:] for line in lines if re.match("splitllm (cloud|edge|client) ", line)]
+    return {Path(found[found.index("--output-dir") + 1]).name: found for found in words}
+
+
+def splitllm(*words: str) -> list[str]:
+    return [sys.executable, "-m", "splitllm", *words]
+
+
+def succeed(*command: str, **more: Any) -> str:
+    return str(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60, **more).stdout)
+
+
 def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
+    succeed("ip", *words)
 
 
 class Loopback:
     """Three addresses of one machine."""
 
-    can_unplug = False
-
     def address(self, machine: str) -> str:
-        return f"127.0.0.{list(ROLES).index(machine) + 1}"
+        return f"127.0.0.{list(ROLES).index(machine) + 2}"
 
     def prefix(self, machine: str) -> list[str]:
         return []
 
+    def words(self) -> list[str]:
+        addresses = ", ".join(f'{server}: "{self.address(server)}:{PORT}"' for server in CALLERS)
+        return [f"wire.addresses={{{addresses}}}"]
+
 
 class Namespaces:
-    """A switch and three machines with one cable each; `ip netns` names are those of this process."""
-
-    can_unplug = True
+    """A switch and three machines with one cable each, at the addresses of the page."""
 
     def __init__(self) -> None:
-        self._switch, self._machines = f"splt{os.getpid()}", list(ROLES)
+        self._switch = f"splt{os.getpid()}"
 
     def address(self, machine: str) -> str:
-        return f"10.77.0.{self._machines.index(machine) + 1}"
+        return f"10.77.0.{list(ROLES).index(machine) + 1}"
 
     def prefix(self, machine: str) -> list[str]:
         return ["ip", "netns", "exec", self._name(machine)]
+
+    def words(self) -> list[str]:
+        return []
 
     def build(self) -> None:
         ip("netns", "add", self._switch)
         ip("-n", self._switch, "link", "add", "switch", "type", "bridge")
         ip("-n", self._switch, "link", "set", "switch", "up")
-        for machine in self._machines:
+        for machine in ROLES:
             name = self._name(machine)
             ip("netns", "add", name)
             ip("-n", self._switch, "link", "add", machine, "type", "veth", "peer", "name", "cable", "netns", name)
@@ -76,20 +103,29 @@ class Namespaces:
             ip("-n", name, "link", "set", "cable", "up")
 
     def remove(self) -> None:
-        for name in [self._switch, *map(self._name, self._machines)]:
+        for name in [self._switch, *map(self._name, ROLES)]:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True, timeout=10)
 
     def plug(self, machine: str, state: str) -> None:
         """`down` pulls the cable, `up` puts it back."""
         ip("-n", self._name(machine), "link", "set", "cable", state)
 
-    def listening(self, machine: str) -> set[tuple[str, int]]:
-        """Address and port of every TCP socket that waits for connections; the address in hexadecimal, as /proc has it."""
-        command = [*self.prefix(machine), "cat", *TCP]
-        table = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
-        rows = [line.split() for line in table.splitlines() if ":" in line.split()[1]]
-        ends = [row[1].split(":") for row in rows if row[3] == LISTENING]
-        return {(host, int(port, 16)) for host, port in ends}
+    def listening(self, machine: str) -> set[int]:
+        """Ports of every TCP socket that waits for connections."""
+        rows = [line.split() for line in succeed(*self.prefix(machine), "cat", *TCP).splitlines()]
+        return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == LISTENING}
+
+    def raise_firewalls(self) -> None:
+        """The rules of the page, on both servers."""
+        [rules] = blocks("nft")
+        for machine, caller in CALLERS.items():
+            own = rules.replace(self.address("edge"), self.address(caller))
+            succeed(*self.prefix(machine), "nft", "-f", "-", input=own)
+
+    def lets_in(self, machine: str, caller: str) -> bool:
+        code = f"import socket; socket.create_connection(({self.address(machine)!r}, {PORT}), 0.5)"
+        called = subprocess.run([*self.prefix(caller), sys.executable, "-c", code], check=False, capture_output=True)
+        return called.returncode == 0
 
     def _name(self, machine: str) -> str:
         return f"{self._switch}-{machine}"
@@ -119,27 +155,31 @@ class Machines:
     folder: Path
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def start(self, machine: str, role: str, *more: str) -> None:
-        home = self.folder / machine
-        addresses = ", ".join(f'{server}: "{self.network.address(server)}:{PORT}"' for server in ("cloud", "edge"))
-        words = [
-            f"wire.addresses={{{addresses}}}",
-            "wire.certificates=certs",
-            f"model.base={ROOT / 'recipes/quickstart-base'}",
-        ]
-        command = [sys.executable, "-m", "splitllm", machine, "deployment.yaml", *SHORT, *words, *more]
-        command += ["--name", role, "--output-dir", f"out/{role}"]
+    def start(self, role: str, *more: str) -> None:
+        """With the page's command, for fewer steps."""
+        home = self.home(role)
+        command = splitllm(*start_commands()[role], *SHORT, *self.network.words(), *more)
         with (home / f"{role}.log").open("wb") as log, (home / f"{role}.errors").open("wb") as errors:
             self.running[role] = subprocess.Popen(
-                [*self.network.prefix(machine), *command], cwd=home, stdout=log, stderr=errors, env=self._environment()
+                [*self.network.prefix(home.name), *command], cwd=home, stdout=log, stderr=errors, env=environment()
             )
 
-    def events(self, machine: str, role: str, event: str) -> list[dict[str, Any]]:
-        lines = (self.folder / machine / f"{role}.log").read_text(encoding="utf-8").splitlines(keepends=True)
+    def home(self, role: str) -> Path:
+        return self.folder / next(machine for machine, roles in ROLES.items() if role in roles)
+
+    def events(self, role: str, event: str) -> list[dict[str, Any]]:
+        lines = (self.home(role) / f"{role}.log").read_text(encoding="utf-8").splitlines(keepends=True)
         said = [json.loads(line) for line in lines if line.endswith("\n")]
         return [entry for entry in said if entry["event"] == event]
 
-    def wait(self, until: Callable[[], bool], seconds: float = 90.0) -> None:
+    def health(self, role: str, server: str) -> str:
+        """What the page's program says of a server to a role."""
+        home, address = self.home(role), f"{self.network.address(server)}:{PORT}"
+        [program] = blocks("python")
+        asks = [*self.network.prefix(home.name), sys.executable, "-c", program, role, server, address]
+        return succeed(*asks, cwd=home, env=environment()).strip()
+
+    def wait(self, until: Callable[[], bool], seconds: float = 300.0) -> None:
         deadline = time.monotonic() + seconds
         while not until():
             assert time.monotonic() < deadline, self.told()
@@ -156,22 +196,22 @@ class Machines:
             process.kill()
             process.wait()
 
-    @staticmethod
-    def _environment() -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @contextmanager
 def installed(network: Namespaces | Loopback, folder: Path) -> Iterator[Machines]:
-    """Certificates are made in one place; each machine gets the recipe and the folders of its roles."""
+    """Certificates are made in one place; each machine gets recipe, base and the certificates of its own roles."""
     made = folder / "made"
-    subprocess.run(
-        [sys.executable, "-m", "splitllm", "certs", str(made), str(RECIPE)], check=True, capture_output=True, cwd=ROOT
-    )
+    shutil.copytree(ROOT / "recipes", made / "recipes")
+    assert "\nsplitllm certs certs recipes/deployment.yaml\n" in PAGE
+    succeed(*splitllm("certs", "certs", "recipes/deployment.yaml"), cwd=made, env=environment())
     for machine, roles in ROLES.items():
+        shutil.copytree(made / "recipes", folder / machine / "recipes")
         for role in roles:
-            shutil.copytree(made / role, folder / machine / "certs" / role)
-        shutil.copy(RECIPE, folder / machine)
+            shutil.copytree(made / "certs" / role, folder / machine / "certs" / role)
     shutil.rmtree(made)
     machines = Machines(network, folder)
     try:
@@ -184,26 +224,52 @@ def test_three_machines_give_the_adapter_of_train_though_a_cable_was_pulled(
     tmp_path: Path, network: Namespaces | Loopback
 ) -> None:
     with installed(network, tmp_path / "machines") as machines:
-        machines.start("client", "client-0", "wire.keepalive=1")  # the order does not matter
-        machines.start("client", "client-1", "wire.keepalive=1")
-        machines.start("cloud", "cloud")
-        machines.start("edge", "edge", "wire.keepalive=1")
-        machines.wait(lambda: len(machines.events("client", "client-0", "step")) >= 3)
+        for role in ("client-0", "client-1", "cloud", "edge"):  # the order does not matter
+            machines.start(role, "wire.keepalive=1")
+        machines.wait(lambda: len(machines.events("client-0", "step")) >= 2)
+        assert machines.health("client-0", "edge") == "SERVING"
         if isinstance(network, Namespaces):
-            assert {port for _, port in network.listening("cloud")} == {PORT}
-            assert {port for _, port in network.listening("edge")} == {PORT}
-            assert network.listening("client") == set()
+            check_ports(network)
             network.plug("client", "down")
             time.sleep(SECONDS_WITHOUT_LINK)
             network.plug("client", "up")
         machines.wait(lambda: all(process.poll() is not None for process in machines.running.values()))
-        assert {role: process.returncode for role, process in machines.running.items()} == dict.fromkeys(
-            machines.running, 0
-        ), machines.told()
-        if isinstance(network, Namespaces):
-            states = [event["state"] for event in machines.events("client", "client-0", "uplink")]
-            assert states.count("connected") == 2, states
-        assert [event["step"] for event in machines.events("client", "client-0", "step")] == [*range(1, 11)]
-    run = tmp_path / "machines" / "cloud" / "out" / "cloud"
+        assert {process.returncode for process in machines.running.values()} == {0}, machines.told()
+        for client in ROLES["client"]:
+            assert [event["step"] for event in machines.events(client, "step")] == [*range(1, 9)]
+            if isinstance(network, Namespaces):
+                states = [event["state"] for event in machines.events(client, "uplink")]
+                assert states.count("connected") == 2, states
     train(load_recipe(RECIPE, SHORT), tmp_path / "whole")
+    run = tmp_path / "machines/cloud/out/cloud"
     assert (run / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+def check_ports(network: Namespaces) -> None:
+    """Servers listen at one port, clients at none; behind the page's firewall only those may call who have to."""
+    assert [network.listening(machine) for machine in ROLES] == [{PORT}, {PORT}, set()]
+    if shutil.which("nft") is None:
+        return
+    with suppress(subprocess.CalledProcessError):  # a kernel without nf_tables
+        network.raise_firewalls()
+        assert network.lets_in("cloud", "edge") and network.lets_in("edge", "client")
+        assert not network.lets_in("cloud", "client") and not network.lets_in("edge", "cloud")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_the_units_are_sound(tmp_path: Path) -> None:
+    unit, others = (
+        block.replace("/opt/splitllm/.venv/bin/splitllm", shutil.which("true") or "") for block in blocks("ini")
+    )
+    names = ("splitllm-cloud.service", "splitllm-client@.service")
+    units = {"splitllm-edge.service": unit}
+    units |= {
+        name: re.sub("^ExecStart=.*$", line, unit, flags=re.M)
+        for name, line in zip(names, others.splitlines(), strict=True)
+    }
+    for name, text in units.items():
+        (tmp_path / name).write_text(text)
+        said = subprocess.run(
+            ["systemd-analyze", "verify", tmp_path / name], check=False, capture_output=True, text=True
+        )
+        assert (said.returncode, name in said.stderr) == (0, False), said.stderr

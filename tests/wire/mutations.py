@@ -243,5 +243,6 @@ def _huge(rng: Random, frame: bytes) -> list[bytes]:
 
 
 MUTATORS: tuple[Mutator, ...] = (
-    _flip, _truncate, _extend, _field, _text, _leaf, _leaf, _kind, _place, _table, _table, _payload, _parts, _noise, _huge,
+    _flip, _truncate, _extend, _field, _text, _leaf, _leaf, _kind, _place, _table, _table, _payload, _parts, _noise,
+    _huge,
 )  # fmt: skip

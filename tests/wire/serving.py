@@ -161,7 +161,8 @@ def run(test: Callable[[], Awaitable[None]], seconds: float = 30.0, expected: tu
     finally:
         logging.getLogger().removeHandler(watch)
     records = [record for record in left if not isinstance(record, logging.LogRecord) or record.name not in expected]
-    assert [record.__dict__ if isinstance(record, logging.LogRecord) else record for record in records] == []
+    told = [record.getMessage() if isinstance(record, logging.LogRecord) else record for record in records]
+    assert not told, told
 
 
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

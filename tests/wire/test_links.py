@@ -278,3 +278,54 @@ def test_every_codec_delivers_what_it_delivers_at_hand(open_link: Open, codec: s
         assert len(found) == 10 and all(torch.equal(a, b) for a, b in zip(found, arrived, strict=True))
 
     run(test)
+
+
+@pytest.mark.parametrize("codec", ["none", "int8", "int4", "topk:0.1"])
+def test_labels_that_stay_with_the_client_travel_no_other_way(open_link: Open, codec: str) -> None:
+    """Rows come down, their gradient goes up in a second request, that of the cut comes down; coded as at hand."""
+    random = torch.Generator().manual_seed(2)
+    rows_ND, gradient_ND = torch.randn(2, 3, 48, generator=random)
+
+    async def test() -> None:
+        arrived: list[torch.Tensor] = []
+
+        async def answer(message: Message) -> Message:
+            arrived.extend(message.tensors.values())
+            gradient_TD = micro_batch(message.step)[1]
+            down = {"rows_ND": rows_ND} if message.kind == "forward" else {"gradient_TD": gradient_TD}
+            return Message(message.kind, "cloud", message.micro_batch, {}, down)
+
+        async def steps(link: Link) -> list[torch.Tensor]:
+            arrived.clear()
+            for step in (0, 1, 1, 2):
+                asked = micro_batch(step)[0]
+                arrived.append((await link.request(asked)).tensors["rows_ND"])
+                back = Message("backward", "client-0", asked.micro_batch, {}, {"gradient_ND": gradient_ND})
+                arrived.append((await link.request(back)).tensors["gradient_TD"])
+            return list(arrived)
+
+        async with open_link(answer, up=codec, down=codec) as link:
+            found = await steps(link)
+        expected = await steps(LocalLink(answer, coding=(Coding(codec, codec), Coding(codec, codec))))
+        assert len(found) == 4 * 5 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    run(test)
+
+
+@pytest.mark.parametrize("kind", ["plain", "mtls"], indirect=True)  # a local link has no end
+def test_a_link_that_is_closed_answers_nothing_more(open_link: Open) -> None:
+    async def test() -> None:
+        async def never(message: Message) -> Message:
+            await asyncio.Event().wait()
+            return message
+
+        async with open_link(never) as link:
+            asked = [asyncio.create_task(link.request(ask(n))) for n in range(3)]
+            await asyncio.sleep(0.05)
+        for one in asked:
+            with pytest.raises(PeerError, match=r"^the link to cloud is closed$"):
+                await one
+        with pytest.raises(PeerError, match=r"^the link to cloud is closed$"):
+            await link.request(ask(9))
+
+    run(test)

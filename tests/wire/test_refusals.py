@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509 import load_pem_x509_certificate
 
 from splitllm.errors import CertificateError
 from splitllm.wire.certificates import Credentials, load_credentials
@@ -18,6 +22,8 @@ from splitllm.wire.frames import Envelope, FrameType, to_frames
 from splitllm.wire.issuing import issue
 from splitllm.wire.message import Message
 from splitllm.wire.remote import Dialer
+from splitllm.wire.sessions import MOST_AT_THE_DOOR
+from splitllm.wire.signing import Authority, certificate_pem, key_pem, new_key, sign_role
 from splitllm.wire.stream import Disconnected, Refused
 from splitllm.wire.uplink import RemoteLink
 from tests.wire.serving import HELLO, Served, dialer, linked, raises, relayed, run, served, until
@@ -31,7 +37,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found: Path = tmp_path_factory.mktemp("certs")
     issue(found / "ours", ["cloud", "edge", "client-0", "client-1"])
     issue(found / "theirs", ["cloud", "client-0"])
-    issue(found / "ours", ["late-cloud", "late-client"], days=30, now=datetime.now(UTC))
+    issue(found / "mixed", ["client-0"], days=30, now=LAST_YEAR)
+    issue(found / "mixed", ["cloud", "client-1"])
     return found
 
 
@@ -173,6 +180,27 @@ def test_silence_instead_of_a_hello(caplog: pytest.LogCaptureFixture) -> None:
     run(test)
 
 
+def test_connections_without_a_hello_leave_the_others_their_places(
+    caplog: pytest.LogCaptureFixture, certificates: Mapping[str, Credentials]
+) -> None:
+    async def test() -> None:
+        async with beside_a_healthy_client(caplog, certificates["cloud"], certificates["client-1"], logged=5) as server:  # noqa: SIM117
+            async with AsyncExitStack() as stack:
+                dial = dialer(server.port, certificates["client-0"]).dial
+                silent = [await stack.enter_async_context(dial()) for _ in range(MOST_AT_THE_DOOR)]
+                await until(lambda: server.sessions._at_the_door["client-0"] == MOST_AT_THE_DOOR)
+                async with dial() as stream:
+                    text = "4 connections of client-0 have not said hello yet; try again"
+                    assert await raises(stream.read(), Refused) == text
+                async with linked(server.port, "edge", certificates["edge"]) as link:
+                    link._hello["name"] = "client-2"
+                    assert (await turned_away(link))[0] == "identity", "another is heard"
+                await silent[0].write(WHOLE_HELLO)
+                assert await silent[0].read() is not None, "and so is one of the silent, if it speaks"
+
+    run(test)
+
+
 def test_a_second_process_of_one_name_is_held_then_given_up(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         async with beside_a_healthy_client(caplog, logged=3) as server:
@@ -269,6 +297,42 @@ def test_a_client_that_the_server_does_not_trust(
             async with linked(server.port, credentials=stranger, states=states):
                 await until(lambda: any(HINT in state for state in states))
             assert ("back", "client-0") not in server.events and "connected" not in states
+
+    run(test)
+
+
+def test_a_client_whose_certificate_has_expired(caplog: pytest.LogCaptureFixture, directory: Path) -> None:
+    """One whose clock is wrong, or it would not have dialled; it is told what TLS lets it know."""
+    mixed = directory / "mixed"
+    late = load_credentials(mixed, "client-0", now=LAST_YEAR + timedelta(days=1))
+
+    async def test() -> None:
+        own = load_credentials(mixed, "client-1")
+        async with beside_a_healthy_client(caplog, load_credentials(mixed, "cloud"), own, logged=0) as server:
+            states: list[str] = []
+            async with linked(server.port, credentials=late, states=states):
+                await until(lambda: any(HINT in state for state in states))
+            assert ("back", "client-0") not in server.events and "connected" not in states
+
+    run(test)
+
+
+def test_a_certificate_that_names_no_role(
+    caplog: pytest.LogCaptureFixture, certificates: Mapping[str, Credentials], directory: Path
+) -> None:
+    ours, key, now = directory / "ours", new_key(), datetime.now(UTC)
+    authority_key = load_pem_private_key((ours / "ca.key").read_bytes(), None)
+    assert isinstance(authority_key, EllipticCurvePrivateKey)
+    authority = Authority(load_pem_x509_certificate((ours / "ca.pem").read_bytes()), authority_key)
+    certificate = certificate_pem(sign_role("no.role", key, authority, now, now + timedelta(days=1)))
+    nameless = replace(certificates["client-0"], certificate=certificate, key=key_pem(key))
+
+    async def test() -> None:
+        async with beside_a_healthy_client(caplog, certificates["cloud"], certificates["client-1"]) as server:
+            async with linked(server.port, credentials=nameless) as link:
+                found = await turned_away(link)
+            assert found == ("identity", "the certificate names no role; issue it with splitllm certs")
+            assert server.sessions.refused == {"identity": 1}
 
     run(test)
 

@@ -1,0 +1,56 @@
+"""What is said when a neighbour cannot be reached: that it is waited for, and what can be done about it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+logger = logging.getLogger(__name__)
+AWAY_SECONDS = 60.0
+
+
+class WayUp:
+    """Logs every change of the link to the role above, and once an absence that it is away for long.
+
+    Args:
+        parent: name of the role above.
+        seconds: that are long.
+    """
+
+    def __init__(self, parent: str, seconds: float = AWAY_SECONDS) -> None:
+        self._parent, self._seconds = parent, seconds
+        self._due: asyncio.TimerHandle | None = None
+
+    def __call__(self, state: str) -> None:
+        """Note a change: "connected", or what keeps the link from being so."""
+        logger.info("uplink", extra={"fields": {"state": state}})
+        if state != "connected":
+            self._due = self._due or asyncio.get_running_loop().call_later(self._seconds, self._warn)
+        elif self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+    def _warn(self) -> None:
+        logger.warning(
+            "%s has been away for %g seconds and is waited for; start it again, unless its run is complete "
+            "(it has written summary.json): then nothing is left to do here, and this role can be stopped",
+            self._parent,
+            self._seconds,
+        )
+
+
+async def say_who_is_missing(missing: Callable[[float], Sequence[str]], seconds: float = AWAY_SECONDS) -> None:
+    """Log, once an absence, which roles below are waited for; never returns.
+
+    Args:
+        missing: seconds -> who has been away for at least as long, and is waited for.
+        seconds: that are long.
+    """
+    said: set[str] = set()
+    while True:
+        await asyncio.sleep(seconds / 4)
+        away = set(missing(seconds))
+        for name in sorted(away - said):
+            logger.warning("%s has been away for %g seconds and is waited for; start it again", name, seconds)
+        said = away
