@@ -33,7 +33,7 @@ class WayUp:
 
     def _warn(self) -> None:
         logger.warning(
-            "%s has been away for %g seconds and is waited for; start it again, unless its run is complete "
+            "%s has been away for %g seconds and is waited for: start it, unless its run is complete "
             "(it has written summary.json): then nothing is left to do here, and this role can be stopped",
             self._parent,
             self._seconds,
@@ -52,5 +52,5 @@ async def say_who_is_missing(missing: Callable[[float], Sequence[str]], seconds:
         await asyncio.sleep(seconds / 4)
         away = set(missing(seconds))
         for name in sorted(away - said):
-            logger.warning("%s has been away for %g seconds and is waited for; start it again", name, seconds)
+            logger.warning("%s has been away for %g seconds and is waited for: start it", name, seconds)
         said = away

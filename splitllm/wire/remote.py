@@ -41,9 +41,13 @@ TLS_REFUSALS = {
 Serve = Callable[[Stream, str | None], Awaitable[None]]
 
 
+NO_NEWS = ("ExecuteBatchError raised in core", "Aborting method")
+
+
 def _is_news(record: logging.LogRecord) -> bool:
-    """A caller that is gone before its status was sent is none, but gRPC logs a traceback where it learns of it late."""
-    return not str(record.msg).startswith("ExecuteBatchError raised in core")
+    """That a caller is gone, or cut off as this server stops, is none; told late, gRPC logs a traceback of it."""
+    cancelled = record.exc_info is not None and record.exc_info[0] is asyncio.CancelledError
+    return not cancelled and not str(record.msg).startswith(NO_NEWS)
 
 
 logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)

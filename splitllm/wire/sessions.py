@@ -43,7 +43,8 @@ class Reception:
         room: requests of a child under way at once; it is told, and more are not read (backpressure).
         coding: codecs of the link to a child.
         limits: of what a child may send at once.
-        back, away, left: told when a child is connected, is no longer, and has said goodbye.
+        back, away, left: told when a child is connected, is no longer, and has said goodbye. A process that replaces
+            one which had joined is back only when it has joined too: without that it is no part of the run.
         fatal: told of an error that is nobody's but this server's, or ends the run.
     """
 
@@ -82,6 +83,9 @@ class Session:
     Attributes:
         answers: number -> its answer, being computed or not yet known to have arrived: frames, or why the child must
             not go on. There are never more than `most`.
+        joined: whether it has asked to take part.
+        replaces: whether one before it had, and it has not yet.
+        over: whether it broke the protocol, and nothing of it is kept.
     """
 
     def __init__(self, name: str, incarnation: str, room: int, coding: Coding) -> None:
@@ -90,6 +94,7 @@ class Session:
         self.answers: dict[int, asyncio.Future[list[bytes] | Refused]] = {}
         self.connection: Connection | None = None
         self.bytes_up = self.bytes_down = self.requests = 0
+        self.joined = self.replaces = self.over = False
 
     def attach(self) -> Connection:
         """A new connection; one that seems to be open still is replaced."""
@@ -180,9 +185,15 @@ class Sessions:
         try:
             for frame in to_frames(Envelope(FrameType.WELCOME, 0, welcome)):
                 await stream.write(frame)
-            self._reception.back(session.name)
+            if not session.replaces:
+                self._reception.back(session.name)
             logger.info("connected", extra={"fields": {"child": session.name}})
             await self._talk(stream, session, connection)
+        except Refused:
+            if session.connection is connection:
+                session.forget()
+                session.over = True
+            raise
         finally:
             if session.detach(connection):
                 self._reception.away(session.name)
@@ -226,14 +237,15 @@ class Sessions:
 
     def _session(self, name: str, incarnation: str, room: int) -> Session:
         known = self.by_name.get(name)
-        if known is not None and known.incarnation == incarnation:
+        if known is not None and known.incarnation == incarnation and not known.over:
             return known
         if known is not None and known.connection is not None:
             raise Refused("taken", f"another process is connected as {name}: every role runs once; stop one of them")
+        self.by_name[name] = session = Session(name, incarnation, room, self._reception.coding())
         if known is not None:
             known.forget()
-        self.by_name[name] = Session(name, incarnation, room, self._reception.coding())
-        return self.by_name[name]
+            session.replaces = known.joined or known.replaces
+        return session
 
     async def _talk(self, stream: Stream, session: Session, connection: Connection) -> None:
         """Read requests and send answers, until either ends or another connection takes over."""
@@ -284,8 +296,16 @@ class Sessions:
             session.room.release()
             raise Disconnected(f"{session.name} has connected anew")
         session.requests += 1
+        if message.kind == "join":
+            self._join(session)
         session.answers[envelope.number] = task = asyncio.create_task(self._answer(envelope.number, message, session))
         task.add_done_callback(lambda task: self._answered(envelope.number, message, session, task))
+
+    def _join(self, session: Session) -> None:
+        session.joined = True
+        if session.replaces:
+            session.replaces = False
+            self._reception.back(session.name)
 
     async def _answer(self, number: int, message: Message, session: Session) -> list[bytes] | Refused:
         """The frames of the answer, or of a passing state; or what the child is told as it is turned away."""
@@ -344,7 +364,7 @@ def _take(session: Session, connection: Connection) -> list[bytes]:
     number = next(iter(connection.due))
     del connection.due[number]
     answer = session.answers.get(number)
-    if answer is None:
+    if answer is None or not answer.done():  # forgotten, and perhaps asked again
         return []
     found = answer.result()
     if isinstance(found, Refused):

@@ -30,7 +30,7 @@ def test_a_role_above_that_stays_away_is_named_once_an_absence(caplog: pytest.Lo
 
     with caplog.at_level(logging.INFO, "splitllm"):
         asyncio.run(run())
-    assert [line.partition(";")[0] for line in warnings(caplog)] == [
+    assert [line.partition(":")[0] for line in warnings(caplog)] == [
         "cloud has been away for 0.05 seconds and is waited for"
     ] * 2
 
@@ -49,7 +49,7 @@ def test_roles_below_that_stay_away_are_named_once_an_absence(caplog: pytest.Log
         task.cancel()
 
     asyncio.run(run())
-    assert warnings(caplog) == ["client-1 has been away for 0.05 seconds and is waited for; start it again"] * 2
+    assert warnings(caplog) == ["client-1 has been away for 0.05 seconds and is waited for: start it"] * 2
 
 
 def test_whom_the_recipe_leaves_out_is_not_waited_for() -> None:

@@ -53,14 +53,18 @@ class Stuck(AssertionError):
     """A wait took too long; says what every role logged last."""
 
 
-def free_port() -> int:
+def reserved_port() -> socket.socket:
+    """A free TCP port: it stays reserved, against others who ask here, while its UDP namesake is held open."""
     for port in random.sample(PORTS, len(PORTS)):
-        with socket.socket() as probe:
-            try:
+        held = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            held.bind(("127.0.0.1", port))
+            with socket.socket() as probe:
                 probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+        except OSError:
+            held.close()
+            continue
+        return held
     raise OSError(f"no free port in {PORTS}")
 
 
@@ -162,13 +166,13 @@ class Deployment:
         self.names = [name for tier in role_names(self.recipe).values() for name in tier]
         self.servers = [name for name in self.names if tier_of(self.recipe, name)[0] > 0]
         self.top = self.names[-1]
-        self._ports = {name: free_port() for name in self.servers}
-        self._seen = (0, 0)
+        self._held = [reserved_port() for _ in range(2 * len(self.servers))]
+        ports = [held.getsockname()[1] for held in self._held]
+        self._ports = dict(zip(self.servers, ports, strict=False))
         issue(self.folder / "certificates", self.names)
         for name in self.servers:
-            front = free_port()
+            front = self._ports[f"{name} relayed"] = ports.pop()
             self.relays[name] = Relay(front, self._ports[name])
-            self._ports[f"{name} relayed"] = front
 
     def start(self, *names: str, more: tuple[str, ...] = (), directory: str | None = None) -> None:
         """Start roles, or all."""
@@ -329,6 +333,8 @@ class Deployment:
             running.end()
         for relay in self.relays.values():
             relay.close()
+        for held in self._held:
+            held.close()
         self.running.clear()
 
 

@@ -1,7 +1,8 @@
 """A peer with a right certificate and nothing good in mind: broken frames, calls and bytes against a real server.
 
 Its frames are made from the recorded ones (`tests/wire/corpus`). It never sends a join that is right, but for those
-that it is told to: whoever joins takes part, and holding up the others is then its right.
+that it is told to: whoever joins takes part, and holding up the others is then its right. Nor does it close a step, or
+tell that values are not finite, in a way that the recipe allows.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -28,14 +27,14 @@ from splitllm.wire.envelopes import request_of
 from splitllm.wire.frames import FRAME_BYTES, FrameType
 from splitllm.wire.remote import METHOD, SERVICE, Dialer, DialledStream
 from splitllm.wire.stream import Disconnected, Refused
+from tests.soak.noise import http2_noise, tcp_noise, tls
 from tests.wire.mutations import changed, corpus, mutated, opened
 
 NAME = "client-1"
 SERVER = "cloud"
 ORDERED = ("open", "forward-none", "forward-int8", "backward-none", "backward-int4", "evaluation", "share", "evaluated")
+MOVES = ("join", "close", "diverged")
 STREAMS_A_CHANNEL = 40
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-HTTP2_KINDS = tuple(range(11))
 PATIENCE = 60.0
 
 
@@ -97,6 +96,8 @@ class Attack:
                     except Refused as refused:
                         if refused.reason != "taken":  # its stream before this one may not be quite gone
                             raise
+                        reply = None
+                    if reply is None:
                         await asyncio.sleep(0.05)
                         continue
                     self.joining = False
@@ -105,12 +106,14 @@ class Attack:
                     self.opened["joins"] += 1
                     return
 
-    async def _joined(self, stream: DialledStream, join: bytes) -> bytes:
-        """The reply to a join over a new stream."""
+    async def _joined(self, stream: DialledStream, join: bytes) -> bytes | None:
+        """The reply to a join over a new stream; None if another of its streams took the place of this one."""
         await stream.write(self._hello(NAME, anew=True))
         await stream.write(join)
         welcome, reply = await stream.read(), await stream.read()
-        assert welcome is not None and reply is not None and opened(reply)[0] == FrameType.REPLY, reply
+        if welcome is None or reply is None:
+            return None
+        assert opened(reply)[0] == FrameType.REPLY, reply
         return reply
 
     async def healthy(self) -> bool:
@@ -121,13 +124,14 @@ class Attack:
         return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def say_goodbye(self) -> None:
-        """So that the server need not wait for this peer at the end of the run."""
+        """So that the server need not wait for this peer at the end of the run, if it still does."""
         async with self._channel(NAME) as channel, self._stream(channel, NAME) as stream:
-            await stream.write(self._hello(NAME, anew=True))
-            await stream.write(self._frames["goodbye"])
-            await stream.done_writing()
-            while await stream.read() is not None:
-                pass
+            with contextlib.suppress(Disconnected):
+                await stream.write(self._hello(NAME, anew=True))
+                await stream.write(self._frames["goodbye"])
+                await stream.done_writing()
+                while await stream.read() is not None:
+                    pass
 
     async def _work(self, rng: Random, frames: int) -> None:
         while self.judged < frames:
@@ -216,8 +220,8 @@ class Attack:
         return frame if name == "goodbye" else changed(frame, number, received=received)
 
     def _takes_part(self, frame: bytes) -> bool:
-        """Whether a frame is a join or a close that the recipe allows."""
-        if b'"join"' not in frame and b'"close"' not in frame:
+        """Whether a frame is of those that move the run, and the recipe allows it."""
+        if not any(f'"{kind}"'.encode() in frame for kind in MOVES):
             return False
         try:
             envelope = Assembler(self.limits).add(frame)
@@ -227,7 +231,7 @@ class Attack:
             self.allowed.check(message)
         except PeerError:
             return False
-        return message.kind in ("join", "close")
+        return message.kind in MOVES
 
     def _channel(self, name: str, **options: Any) -> grpc.aio.Channel:
         own = self.certificates[name]
@@ -268,7 +272,7 @@ class Attack:
     async def _noise(self, rng: Random) -> None:
         """Bytes where TLS, or below it HTTP/2, should be."""
         secured = rng.random() < 0.5
-        context = self._tls() if secured else None
+        context = tls(self.certificates[NAME]) if secured else None
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             reader, writer = await asyncio.open_connection(
                 "127.0.0.1", self.port, ssl=context, server_hostname=SERVER if secured else None
@@ -281,44 +285,3 @@ class Attack:
                         await reader.read(100)
             finally:
                 writer.transport.abort()
-
-    def _tls(self) -> ssl.SSLContext:
-        own = self.certificates[NAME]
-        context = ssl.create_default_context(cadata=own.authority.decode())
-        with _as_files(own) as (certificate, key):
-            context.load_cert_chain(certificate, key)
-        context.set_alpn_protocols(["h2"])
-        return context
-
-
-def tcp_noise(rng: Random) -> bytes:
-    """Nothing, anything, half a TLS handshake, plain HTTP/2 or HTTP/1."""
-    hello = bytes.fromhex("1603010200010001fc0303") + rng.randbytes(400)
-    return rng.choice(
-        (b"", rng.randbytes(rng.choice((1, 100, 70_000))), hello, hello[:9], PREFACE, b"GET / HTTP/1.1\r\n\r\n")
-    )
-
-
-def http2_noise(rng: Random) -> bytes:
-    """The preface, and frames of any kind, length and flags after it."""
-    found = rng.choice((PREFACE, PREFACE, PREFACE[:10], b""))
-    for _ in range(rng.choice((1, 5, 50))):
-        said, real = rng.choice((0, 5, 8, 100, 16_384, 16_777_215)), rng.choice((0, 5, 8, 100))
-        head = said.to_bytes(3, "big") + bytes([rng.choice(HTTP2_KINDS), rng.randrange(256)])
-        found += head + rng.choice((0, 0, 1, 3, 2**31 - 1)).to_bytes(4, "big") + rng.randbytes(real)
-    return found
-
-
-@contextlib.contextmanager
-def _as_files(credentials: Credentials) -> Any:
-    """Files in memory: `ssl` reads certificate and key from paths only."""
-    descriptors = []
-    for content in (credentials.certificate, credentials.key):
-        descriptor = os.memfd_create("credentials")
-        os.write(descriptor, content)
-        descriptors.append(descriptor)
-    try:
-        yield tuple(f"/proc/self/fd/{descriptor}" for descriptor in descriptors)
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)

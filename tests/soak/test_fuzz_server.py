@@ -36,6 +36,7 @@ LONG = int(os.environ.get("FUZZ_FRAMES", "100000"))
 MEMORY_GROWTH = 0.05
 AFTER_WARM_UP, AT_THE_END = (0.1, 0.2), (0.9, 1.0)
 SPARE_DESCRIPTORS = 4
+DURING = 0.95  # of the steps are made during the attack, the others after it
 
 
 @dataclass
@@ -69,7 +70,7 @@ async def spread(roles: Roles, attack: Attack, frames: int, relay: Relay, marks:
     while True:
         progress, step = attack.judged / frames, roles.step()
         marks.setdefault(int(10 * progress), step)
-        if step / roles.recipe.train.steps > progress and not attack.joining:
+        if step / roles.recipe.train.steps > DURING * progress and not attack.joining:
             relay.cut(0.1)
         await asyncio.sleep(0.05)
 
@@ -101,9 +102,9 @@ async def run_under_attack(roles: Roles, frames: int, joins: int) -> Outcome:
                 group.create_task(attack.until(frames))
                 group.create_task(join_now_and_then(roles, attack, frames, joins))
             seconds = time.monotonic() - started
-            holding.cancel()
             await asyncio.sleep(2.5)  # what was left half open is closed
             assert await attack.healthy(), roles.tails()
+        holding.cancel()
         assert await roles.ends("client-0") == {"client-0": 0}, roles.tails()
     await attack.say_goodbye()
     assert await roles.ends("cloud") == {"cloud": 0}, roles.tails()
@@ -155,7 +156,7 @@ def test_broken_frames_do_not_disturb_a_client_that_trains(
     with capsys.disabled():
         sys.stdout.write(f"\n{outcome}\nresident: {first:.1f} MiB after the warm-up, {last:.1f} MiB at the end\n")
     marks = list(outcome.marks.values())
-    assert marks == sorted(set(marks)), "a step was made in every tenth of the attack"
+    assert marks == sorted(marks) and len(set(marks)) > len(marks) / 2, "it trained on throughout"
     assert outcome.attack.hung == []
     logged = assert_logged_once_each(roles, outcome.attack)
     with capsys.disabled():

@@ -139,7 +139,7 @@ def _put(rng: Random, place: Any) -> None:
 
 
 def _kind(rng: Random, frame: bytes) -> list[bytes]:
-    kinds = ("join", "share", "open", "forward", "backward", "close", "evaluated", "finish", "exec", "")
+    kinds = ("join", "share", "open", "forward", "backward", "close", "evaluated", "finish", "diverged", "exec", "")
     kind, number, said, payload = opened(frame)
     said["values"]["kind"] = rng.choice(kinds)
     return [framed(kind, number, content(said), payload)]

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from scripts.relay import Relay
@@ -141,6 +142,20 @@ async def relayed(port: int) -> AsyncIterator[Relay]:
             relay._server.close()
 
 
+@cache
+def _loop() -> asyncio.Runner:
+    """One for all tests of a process: gRPC hands what comes late from one loop to that loop, also when it is closed."""
+    return asyncio.Runner()
+
+
+async def _cancelled() -> None:
+    """The tasks that a test has left are gone, as after `asyncio.run`."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+
+
 def run(test: Callable[[], Awaitable[None]], seconds: float = 30.0, expected: tuple[str, ...] = ()) -> None:
     """Run a test's coroutine; fails if a task's exception was left to nobody, or an error was logged.
 
@@ -153,11 +168,14 @@ def run(test: Callable[[], Awaitable[None]], seconds: float = 30.0, expected: tu
 
     async def inner() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
-        async with asyncio.timeout(seconds):
-            await test()
+        try:
+            async with asyncio.timeout(seconds):
+                await test()
+        finally:
+            await _cancelled()
 
     try:
-        asyncio.run(inner())
+        _loop().run(inner())
     finally:
         logging.getLogger().removeHandler(watch)
     records = [record for record in left if not isinstance(record, logging.LogRecord) or record.name not in expected]

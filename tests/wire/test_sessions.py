@@ -220,3 +220,43 @@ def test_a_new_process_of_a_child_has_the_old_ones_requests_forgotten() -> None:
             assert cancelled == [0]
 
     run(test)
+
+
+def test_a_process_that_replaces_one_which_had_joined_is_back_when_it_has_joined_too() -> None:
+    join = Message("join", "client-0", (0, 0, 0))
+
+    async def test() -> None:
+        async with served() as server:
+            for _ in range(2):
+                async with linked(server.port) as first:  # that has not joined: one for the other
+                    await first.request(ask(1))
+                await until(lambda: server.events[-1] == ("away", "client-0"))
+            assert [event for event, _ in server.events] == ["back", "away", "back", "away"]
+            async with linked(server.port) as first:
+                await first.request(join)
+            await until(lambda: len(server.events) == 6)
+            async with linked(server.port) as second:
+                await second.request(ask(1))
+                assert len(server.events) == 6
+                await second.request(join)
+                assert server.events[6:] == [("back", "client-0")]
+
+    run(test)
+
+
+def test_nothing_is_kept_of_a_process_that_broke_the_protocol() -> None:
+    async def test() -> None:
+        async with served() as server:
+            async with dialer(server.port).dial() as stream:
+                await enter(stream)
+                await stream.write(frames_of(1, [])[0])
+                await stream.write(b"nonsense")
+                await _last_words(stream)
+            before = server.sessions.by_name["client-0"]
+            await until(lambda: before.connection is None)
+            assert before.over and not before.answers
+            async with dialer(server.port).dial() as stream:
+                await enter(stream)
+                assert server.sessions.by_name["client-0"] is not before
+
+    run(test)

@@ -209,7 +209,7 @@ def test_a_link_waits_for_a_server_that_comes_up_later() -> None:
             assert len(states) == 1 and "refused" in states[0], "told once, not with every attempt"
             async with served(port=port):
                 assert (await asked).header == {"index": 1}
-        assert states[-1] == "connected"
+                assert states[-1] == "connected"
 
     run(test)
 
