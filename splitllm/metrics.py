@@ -122,7 +122,7 @@ class Metrics:
             return []
         self._close_file()
         kept = [record for record in read_records(self.path) if record.get("step", step) <= step]
-        _replace_text(self.path, "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in kept))
+        replace_text(self.path, "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in kept))
         self._bytes = dict.fromkeys(self._bytes, 0)
         for record in kept:
             self._add_bytes(record)
@@ -133,7 +133,7 @@ class Metrics:
         if self.enabled:
             text = json.dumps(_finite(dict(summary)), indent=2, allow_nan=False) + "\n"
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _replace_text(self.path.with_name("summary.json"), text)
+            replace_text(self.path.with_name("summary.json"), text)
 
     def close(self) -> None:
         """Close the file and end the live line; logging afterwards opens both again."""
@@ -242,9 +242,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.writing")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from splitllm.errors import CheckpointError, RecipeError
+from splitllm.metrics import replace_text
 from splitllm.recipe import Recipe, changed_keys, dump_recipe, load_recipe, role_names
 from splitllm.recipe.digest import LOCAL_KEYS
 from splitllm.wire.issuing import issue
@@ -108,13 +109,6 @@ def collect(top: Path, directory: Path) -> dict[str, Any]:
         _copy(top / name, directory / name)
     summary: dict[str, Any] = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
     return summary
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _copy(source: Path, target: Path) -> None:

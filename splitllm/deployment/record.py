@@ -11,19 +11,20 @@ from typing import Any
 
 from splitllm.deployment.station import Station
 from splitllm.errors import DivergedError
-from splitllm.metrics import Metrics
+from splitllm.metrics import Metrics, replace_text
 from splitllm.model.export import save_adapter
 from splitllm.model.naming import names_in_unsplit, rename_tensors
 from splitllm.recipe import dump_recipe, what_leaves_in_a_deployment
 from splitllm.roles.server import StepSums
 from splitllm.roles.together import Tensors
 from splitllm.running.base import base_folder
-from splitllm.running.outcome import PACKAGES, RECIPE, adapter_config, replace_text
+from splitllm.running.outcome import PACKAGES, RECIPE, adapter_config
 from splitllm.running.state import Totals
 
 logger = logging.getLogger(__name__)
 MEMORY = {"rss_mib": "peak_rss_mib", "gpu_mib": "peak_gpu_mib"}
 HELD = "held: "
+LOSSES = ("loss_before", "loss_after")
 
 
 class Record:
@@ -45,12 +46,12 @@ class Record:
         replace_text(directory / RECIPE, dump_recipe(station.recipe))
 
     def values(self) -> dict[str, Any]:
-        """What the journal keeps."""
-        return {name: value for name, value in asdict(self.totals).items() if value is not None}
+        """What the journal keeps; held-out losses are in the metrics."""
+        return {name: value for name, value in asdict(self.totals).items() if name not in LOSSES}
 
     def put_back(self, values: Mapping[str, Any]) -> None:
         """Be as the journal tells."""
-        self.totals = Totals(**values)
+        self.totals = Totals(**values, **{name: getattr(self.totals, name) for name in LOSSES})
 
     def begun(self, step: int) -> bool:
         """A generation goes on from a step: what was written after it is dropped.
@@ -61,7 +62,7 @@ class Record:
         kept = self._metrics.truncate_to(step)
         self._since = time.perf_counter()
         evaluations = {record["step"]: record["loss"] for record in kept if record["event"] == "eval"}
-        self.totals.loss_before = evaluations.get(0, self.totals.loss_before)
+        self.totals.loss_before = evaluations.get(0)
         self.totals.loss_after = evaluations.get(self._station.recipe.train.steps)
         return step in evaluations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import torch
 from splitllm import checkpoint
 from splitllm.data import Corpus, eval_batches
 from splitllm.errors import CheckpointError, RecipeError
-from splitllm.metrics import human_bytes
+from splitllm.metrics import human_bytes, replace_text
 from splitllm.model.export import save_adapter, unsplit_model, whole_model_loss, with_adapter
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import lora_config, target_modules
@@ -125,13 +124,6 @@ def keep_recipe(run: Run) -> None:
     """Write the resolved recipe, whole or not at all; from then on the folder holds a run."""
     run.directory.mkdir(parents=True, exist_ok=True)
     replace_text(run.directory / RECIPE, dump_recipe(run.recipe))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def restore(run: Run, saved: checkpoint.TrainingState | None) -> None:

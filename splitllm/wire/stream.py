@@ -19,11 +19,13 @@ class Refused(PeerError):
     Args:
         reason: invalid (what was sent breaks the protocol), identity (the certificate), mismatch (another recipe, model
             or version), taken (another process has the name), internal (an error there).
-        text: one line for the user, cut to `LONGEST` characters: peers' words may be in it.
+        text: one line for the user, cut to `LONGEST` characters, with ? for what cannot be printed: peers' words may be
+            in it.
     """
 
     def __init__(self, reason: Reason, text: str) -> None:
-        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}...")
+        line = "".join(character if character.isprintable() else "?" for character in text[: LONGEST + 1])
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}...")
         self.reason = reason
 
 

@@ -91,8 +91,8 @@ def test_what_is_run_again_is_written_and_counted_once(station: Station) -> None
     tokens = record.totals.tokens
 
     after = record_of(station)  # killed, and started again
-    after.put_back(past[2])
     assert after.begun(2) is False
+    after.put_back(past[2])
     assert lines(station) == whole[:-1]
     assert after.totals.loss_before == 2.0
     after.stepped(2, sums(loss=8.0))
@@ -108,6 +108,18 @@ def test_an_evaluation_that_is_written_is_not_asked_for_again(station: Station) 
     assert record.begun(0) is True
     assert lines(station) == [("eval", 0, 2.0)]
     assert (record.totals.loss_before, record.totals.loss_after) == (2.0, None)
+
+
+def test_losses_outlive_a_recovery_whose_journal_is_older(station: Station) -> None:
+    record, past = record_of(station), dict[int, dict[str, Any]]()
+    for step in (0, STEPS):
+        past[step] = json.loads(json.dumps(record.values()))
+        record.evaluated(step, {0: [float(STEPS - step), 1, 2]})
+    for step, found in ((STEPS, (4.0, 0.0)), (0, (4.0, None))):
+        again = record_of(station)
+        assert again.begun(step) is True
+        again.put_back(past[step])
+        assert (again.totals.loss_before, again.totals.loss_after) == found
 
 
 def test_the_last_evaluation_is_forgotten_where_the_run_goes_back_before_it(station: Station) -> None:

@@ -39,6 +39,7 @@ commit: as the role writes its journal; end: when the last step is done and the 
 """
 DELAYS = {"after": 2.0, "step": 0.3, "commit": 0.0, "end": 0.1}
 MARGIN = 10  # steps before the end after which nothing waits any more
+SUMMED = ("train_tokens", "eval_loss_before", "eval_loss_after", "trainable_parameters")
 HEADER = """
 | seed | tree | faults: kind, roles (what they did), when | steps rerun | seconds | adapter equal | steps counted |
 |---|---|---|---|---|---|---|"""
@@ -73,13 +74,13 @@ class Reference:
         recipe: path.
         adapter: bytes of the file.
         lines: of its metrics.
-        tokens: trained on.
+        summary: of the run.
     """
 
     recipe: Path
     adapter: bytes
     lines: list[tuple[object, ...]]
-    tokens: int
+    summary: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def reference(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if tree not in made:
             summary = train(load_recipe(recipe, [*COMMON, *TREES[tree]]), folder / tree)
             adapter = (folder / tree / ADAPTER).read_bytes()
-            made[tree] = Reference(recipe, adapter, counted(folder / tree), summary["train_tokens"])
+            made[tree] = Reference(recipe, adapter, counted(folder / tree), summary)
         return made[tree]
 
     return of
@@ -151,7 +152,8 @@ def assert_undisturbed(deployment: Deployment, reference: Reference) -> None:
     """Nothing is lost, doubled or different."""
     assert deployment.lines() == reference.lines
     assert deployment.adapter() == reference.adapter
-    assert deployment.summary()["train_tokens"] == reference.tokens
+    found, wanted = deployment.summary(), reference.summary
+    assert [found[key] for key in SUMMED] == [wanted[key] for key in SUMMED]
     last = [STEPS - 1, STEPS]
     assert deployment.journaled() == dict.fromkeys(deployment.names, last)
     assert deployment.applied() == {name: {STEPS} for name in deployment.names}
