@@ -36,7 +36,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from splitllm.wire.codecs import pack
+from splitllm.wire.codecs import codec, pack
 from splitllm.wire.envelopes import request_values
 from splitllm.wire.frames import Envelope, FrameType, frames_bytes
 from splitllm.wire.issuing import issue
@@ -48,11 +48,15 @@ NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 ROLES = ("cloud", "edge", "client")
 SKIPPED = 1  # steps of every run that are not counted: memory is still being taken
 CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk:0.25")
+FORGETFUL = ", no feedback"  # of a codec whose errors are not carried on
+LOSS_CODECS = ("none", "bf16", "fp16", "int8", "int4", f"int4{FORGETFUL}", "topk:0.25")
 PARTS = ("a", "b", "small", "bytes", "losses")
 BARS = {"a": 0.90, "b": 0.85}
 BYTE_BARS = {"int8": 1.05, "int4": 0.55}
 LOSS_BARS = {"int8": 0.005, "int4": 0.015}
 RTT_MS, MBIT = 40, 200
+MOST_TRANSFER = 0.5  # seconds of transfer a second of computing, in (b)
+LOSS_ROWS = 800  # that are trained on in (c), and as many are held out
 BEGIN, END = "<!-- written by scripts/bench_wire.py: begin -->", "<!-- end -->"
 
 
@@ -101,7 +105,12 @@ def recipe_of(
         "model": {"base": str(base), "tokenizer": str(tokenizer)},
         "split": {"tiers": {"client": 1, "edge": 1, "cloud": 1}, "cuts": list(cuts), "labels": "cloud"},
         "lora": {"rank": 4, "alpha": 32},
-        "data": {"source": str(options.data / "train.jsonl.gz"), "eval_fraction": 0.01, "limit": options.rows},
+        "data": {
+            "source": str(options.data / "train.jsonl.gz"),
+            "eval_fraction": 0.01,
+            "limit": options.rows,
+            "max_length": 128,
+        },
         "train": {"batch_size": 8, "optimizer": {"lr": 2.0e-4}, "schedule": {"name": "constant"}, **train},
     }
 
@@ -131,7 +140,7 @@ def deployed_run(recipe: Mapping[str, Any], folder: Path, relay: Sequence[str] |
     listen = {name: f"127.0.0.1:{free_port()}" for name in ("edge", "cloud")}
     with ExitStack() as stack:
         reached = listen if relay is None else {n: stack.enter_context(relayed(a, relay)) for n, a in listen.items()}
-        wire = {"addresses": reached, "certificates": str(folder / "certs")}
+        wire = {"addresses": reached, "certificates": str(folder / "certs"), "memory_mib": 16_384}
         path = folder / "deployed.yaml"
         path.write_text(yaml.safe_dump({**recipe, "wire": wire}, sort_keys=False))
         running = [start(role, path, folder, listen.get(role)) for role in ROLES]
@@ -242,12 +251,13 @@ def measure_bytes() -> list[dict[str, Any]]:
             "positions_N": torch.arange(labels, dtype=torch.int32),
             "targets_N": torch.arange(labels, dtype=torch.int32),
         }
-        header = {"lengths": lengths, "train": True, "input_gradient": True}
-        message = Message(
-            "forward", "client-0", (100, 0, 3), header, {"hidden_TD": hidden_TD, **small}, 1_800_000_000_000
-        )
         for name in CODECS:
             coded = pack(hidden_TD, name)
+            header: dict[str, Any] = {"lengths": lengths, "train": True, "input_gradient": True}
+            if codec(name).feedback:
+                header["rows"] = [12345 + row for row in range(len(lengths))]
+            tensors = {"hidden_TD": hidden_TD, **small}
+            message = Message("forward", "client-0", (100, 0, 3), header, tensors, 1_800_000_000_000)
             packed = {"hidden_TD": coded, **{key: pack(value, "none") for key, value in small.items()}}
             up = frames_bytes(Envelope(FrameType.REQUEST, 1000, request_values(message, [999]), packed))
             down = frames_bytes(
@@ -261,29 +271,27 @@ def measure_bytes() -> list[dict[str, Any]]:
 
 
 def measure_losses(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CODECS}
+    """Three epochs: errors are carried on from the second."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in LOSS_CODECS}
     for seed in range(options.seeds):
-        for name in CODECS:
-            recipe = recipe_of(
-                options,
-                options.stories,
-                options.stories,
-                [1, 3],
-                steps=options.loss_steps,
-                threads=options.threads,
-                verify_adapter=True,
-            )
-            recipe["train"]["optimizer"] = {"lr": 2.0e-3}
-            recipe["data"] |= {"limit": 4000, "eval_fraction": 0.05}
-            recipe |= {"seed": seed, "wire": {"up": name, "down": name}}
+        for name in LOSS_CODECS:
             with tempfile.TemporaryDirectory(prefix="bench-wire-") as folder:
-                local_run(recipe, Path(folder))
+                local_run(loss_recipe(options, seed, name), Path(folder))
                 summary = json.loads((Path(folder) / "local" / "summary.json").read_text())
                 summary["train_loss"] = training_loss(Path(folder) / "local" / "metrics.jsonl")
             keys = ("eval_loss_after", "unsplit_loss_after", "train_loss")
             found[name].append({key: summary[key] for key in keys})
             print(f"(c) seed {seed}, {name}: {found[name][-1]}", flush=True)
     return found
+
+
+def loss_recipe(options: argparse.Namespace, seed: int, name: str) -> dict[str, Any]:
+    train = {"steps": 3 * LOSS_ROWS // 8, "threads": options.threads, "verify_adapter": True}
+    recipe = recipe_of(options, options.stories, options.stories, [1, 3], **train)
+    recipe["train"]["optimizer"] = {"lr": 2.0e-3}
+    recipe["data"] |= {"limit": 2 * LOSS_ROWS, "eval_fraction": 0.5}
+    chosen, memory = name.removesuffix(FORGETFUL), 0 if name.endswith(FORGETFUL) else 256
+    return recipe | {"seed": seed, "wire": {"up": chosen, "down": chosen, "feedback_mib": memory}}
 
 
 def training_loss(metrics: Path, last: int = 20) -> float:
@@ -330,6 +338,11 @@ def speed_table(title: str, speeds: Sequence[Speed]) -> list[str]:
     return table(title, "|#real tokens/s, median|#over the first, median of rounds|rounds", rows)
 
 
+def transfer_lines(speeds: Sequence[Speed]) -> list[str]:
+    words = f"{speeds[-1].bytes_per_token:.0f} bytes a token cross the two hops, which takes"
+    return ["", f"{words} {transfer_share(speeds):.2f} of the time that computing it takes."]
+
+
 def bytes_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     columns = "#width|codec|#activations or gradient|#whole request up|#whole reply down|#the most, over the width|#bar"
     cells = []
@@ -365,7 +378,9 @@ def page(found: Mapping[str, Any]) -> str:
     lines = [BEGIN, "", f"{found['machine']}."]
     for key, title in TITLES.items():
         if key in found:
-            lines += speed_table(title, [Speed(**speed) for speed in found[key]])
+            speeds = [Speed(**speed) for speed in found[key]]
+            lines += speed_table(title, speeds)
+            lines += transfer_lines(speeds) if key.startswith("b") else []
     if "bytes" in found:
         lines += bytes_table(found["bytes"])
     if "losses" in found:
@@ -380,6 +395,8 @@ def missed(found: Mapping[str, Any]) -> list[str]:
             speeds = [Speed(**speed) for speed in found[key]]
             value, bar = ratio(speeds[1], speeds[0]), BARS[key[0]]
             lines += [f"({key}): {value:.3f}, the bar is {bar}"] if value < bar else []
+            if key.startswith("b") and (share := transfer_share(speeds)) > MOST_TRANSFER:
+                lines.append(f"({key}): transfer takes {share:.2f} of the time of computing, above {MOST_TRANSFER}")
     for r in found.get("bytes", ()):
         if r["bar"] and r["over_width"] > r["bar"]:
             lines.append(f"(c) {r['codec']} at {r['width']}: {r['over_width']:.3f} of the width, the bar is {r['bar']}")
@@ -410,7 +427,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--cuts", type=int, nargs=2, default=[4, 10])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--loss-steps", type=int, default=150)
     parser.add_argument("--threads", type=int, default=1, help="of the runs that are not timed")
     parser.add_argument(
         "--output",

@@ -259,9 +259,10 @@ def _role(
         role = role_in_tier(wanted, place, name)
         metrics = _metrics_address(metrics)
         from splitllm.deployment.logs import log_to_stdout
-        from splitllm.deployment.run import run_role
 
         log_to_stdout(role)
+        from splitllm.deployment.run import run_role
+
         run_role(wanted, role, output_dir, listen=listen, metrics=metrics, insecure=insecure)
 
 

@@ -28,10 +28,10 @@ def allowed(plan: Plan, name: str) -> Allowed:
     recipe = plan.recipe
     shapes = adapter_shapes(plan.config, recipe.lora, plan.modules)
     below = tier_of(recipe, name)[0]
-    tiers = list(recipe.split.tiers.values())
+    names, counts = list(recipe.split.tiers), list(recipe.split.tiers.values())
     tier_by_name = {tensor: _tier_holding(plan, tensor) for tensor in shapes}
-    summed = {tensor: shape for tensor, shape in shapes.items() if _below(tier_by_name[tensor], below, tiers, True)}
-    normed = frozenset(tensor for tensor in shapes if _below(tier_by_name[tensor], below, tiers, False))
+    summed = {tensor: shape for tensor, shape in shapes.items() if _below(tier_by_name[tensor], below, counts, True)}
+    normed = frozenset(tensor for tensor in shapes if _below(tier_by_name[tensor], below, counts, False))
     return Allowed(
         children={child: _child(recipe, child) for child in children_of(recipe, name)},
         steps=recipe.train.steps,
@@ -44,7 +44,7 @@ def allowed(plan: Plan, name: str) -> Allowed:
         packed=recipe.data.pack,
         summed=summed,
         normed=normed,
-        adapter=shapes,
+        tiers={tier: {t: shapes[t] for t in shapes if names[tier_by_name[t]] == tier} for tier in names},
     )
 
 
@@ -66,15 +66,30 @@ def micro_batch_bytes(plan: Plan) -> int:
 def in_flight(plan: Plan, name: str) -> int:
     """Micro-batches that each client below a server may have under way at once.
 
-    The recipe's number, or fewer where `wire.memory_mib` would not hold their activations: each is held as a request
-    and, between forward and backward, as the blocks' own activations, of which one a block is counted.
+    The recipe's number, or fewer where `wire.memory_mib` would not hold their activations: each is held as its request,
+    as the server's own question or answer and, between forward and backward, as the graph of the server's blocks.
     """
     recipe = plan.recipe
-    tier = tier_of(recipe, name)[0]
-    start, stop = plan.bounds[tier]
-    held = micro_batch_bytes(plan) * (2 + stop - start)
+    start, stop = plan.bounds[tier_of(recipe, name)[0]]
+    held = 2 * micro_batch_bytes(plan) + graph_bytes(plan, stop - start)
     affordable = recipe.wire.memory_mib * MIB // (held * len(clients_below(recipe, name)))
     return max(1, min(recipe.train.in_flight, affordable))
+
+
+def graph_bytes(plan: Plan, blocks: int) -> int:
+    """What the graph of one micro-batch through so many blocks keeps for its backward, about.
+
+    A rule of thumb, right within a factor of 2 over the families: of each block and token 8 numbers a channel, 4 a unit
+    of the MLP, and the attention scores of all heads, which some implementations keep; where activations are
+    checkpointed, that of one block, and one number a channel of the others.
+    """
+    recipe, config = plan.recipe, plan.config
+    width, length = config.hidden_size, recipe.data.max_length
+    units = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    token: int = 8 * width + 4 * units + config.num_attention_heads * length
+    if recipe.train.activation_checkpointing:
+        token, blocks = token + blocks * width, min(1, blocks)
+    return _itemsize(recipe) * blocks * recipe.train.batch_size * length * token
 
 
 def _itemsize(recipe: Recipe) -> int:
@@ -82,7 +97,8 @@ def _itemsize(recipe: Recipe) -> int:
 
 
 def _child(recipe: Recipe, name: str) -> Child:
-    return Child(frozenset(clients_below(recipe, name)), _subtree(recipe, name))
+    clients = next(iter(role_names(recipe).values()))
+    return Child({number: clients[number] for number in clients_below(recipe, name)}, _subtree(recipe, name))
 
 
 def _subtree(recipe: Recipe, name: str) -> dict[str, str]:

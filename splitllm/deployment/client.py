@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from splitllm.data.batching import BatchStream, eval_batches
-from splitllm.deployment.journal import Journal
-from splitllm.deployment.station import Options, Past, Station, Stop, open_station, tell_above
+from splitllm.deployment.station import Options, Past, Station, Stop, Told, open_station, tell_above
 from splitllm.errors import DivergedError, RejoinError, RunInterrupted
 from splitllm.recipe import Recipe, tier_of, what_leaves_in_a_deployment
 from splitllm.roles.assembly import names_rows
 from splitllm.roles.client import Client, StepReport
-from splitllm.roles.gate import Begun
+from splitllm.roles.generation import Begun
+from splitllm.roles.together import state_in
 from splitllm.wire.uplink import RemoteLink
 
 logger = logging.getLogger(__name__)
@@ -44,31 +42,38 @@ async def _attend(station: Station) -> None:
         logger.info("the run was complete already")
         return
     logger.info("leaves the device", extra={"fields": {"what": what_leaves_in_a_deployment(station.recipe)}})
-    uplink = station.uplink()
-    work, asked = asyncio.create_task(_work(station, journal, uplink, stop)), asyncio.create_task(stop.asked.wait())
+    uplink, complete = station.uplink(), False
     try:
-        await asyncio.wait({work, asked}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():  # let the step under way come to its end
-            await asyncio.wait({work}, timeout=STOP_SECONDS)
-        if not work.done():
-            raise RunInterrupted(_stopped(station))
-        work.result()
+        told = await stop.unless_asked(station.welcomed(uplink))
+        blocks = f"{told.shard[0]}..{told.shard[1] - 1}"
+        logger.info("cut", extra={"fields": {"blocks": blocks, "batch size": told.batch_size}})
+        past = Past(station, journal, await stop.unless_asked(station.load(told)))
+        await _until_complete(Member(station, _client(station, past, uplink, told), past, stop), past, stop)
+        complete = True
     except DivergedError as error:
         await tell_above(uplink, station.name, error)
         raise
     finally:
-        work.cancel()
-        asked.cancel()
-        await uplink.close(goodbye=work.done() and not work.cancelled() and work.exception() is None)
+        await uplink.close(goodbye=complete)
     logger.info("complete")
 
 
-async def _work(station: Station, journal: Journal, uplink: RemoteLink, stop: Stop) -> None:
-    told = await uplink.welcome()
-    start, end = _told_cut(told)
-    past = Past(station, journal, station.worker((start, end)))
-    logger.info("cut", extra={"fields": {"blocks": f"{start}..{end - 1}", "batch size": told["batch_size"]}})
-    member = Member(station, _client(station, past, uplink, told), past, stop)
+async def _until_complete(member: Member, past: Past, stop: Stop) -> None:
+    """Work until the run is complete; when the user asks to stop, the step under way may come to its end."""
+    work, asked = asyncio.create_task(_work(member, past)), asyncio.create_task(stop.asked.wait())
+    try:
+        await asyncio.wait({work, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done() and member.in_step:
+            await asyncio.wait({work}, timeout=STOP_SECONDS)
+        if not work.done():
+            raise RunInterrupted(member.stopped())
+        work.result()
+    finally:
+        work.cancel()
+        asked.cancel()
+
+
+async def _work(member: Member, past: Past) -> None:
     while True:
         try:
             await member.take_part()
@@ -79,11 +84,15 @@ async def _work(station: Station, journal: Journal, uplink: RemoteLink, stop: St
 
 
 class Member:
-    """A client between its first join and the end of the run."""
+    """A client between its first join and the end of the run.
+
+    Attributes:
+        in_step: whether a step is under way.
+    """
 
     def __init__(self, station: Station, client: Client, past: Past, stop: Stop) -> None:
         self._recipe, self._client, self._past, self._stop = station.recipe, client, past, stop
-        self._device = station.device
+        self._device, self.in_step = station.device, False
 
     async def take_part(self) -> None:
         """Join, go back to the step that the top names, train to the last one, and finish.
@@ -92,6 +101,7 @@ class Member:
             RejoinError: the generation is over.
             RunInterrupted: the user stopped this client between two steps.
         """
+        self.in_step = False
         begun = await self._join()
         train, step = self._recipe.train, begun.decision.step
         if self._evaluates(step) and not begun.evaluated:
@@ -100,27 +110,35 @@ class Member:
             if self._stop.asked.is_set():
                 raise RunInterrupted(f"stopped after step {step} of {train.steps}; start it again to go on")
             started = time.perf_counter()
+            self.in_step = True
             report = await self._client.step(step)
+            self.in_step = False
             step += 1
             self._say(step, report, time.perf_counter() - started)
             if self._evaluates(step):
                 await self._evaluate(step)
         await self._finish()
 
+    def stopped(self) -> str:
+        """What is said when the user stopped this client before a step came to its end, or while it waits."""
+        what = "in the middle of a step, which will be run again" if self.in_step else "between two steps"
+        return f"{self._client.name}: stopped {what}; start it again to go on"
+
     async def _join(self) -> Begun:
         standing = await self._device.run(self._past.standing)
         header = {"standings": {self._client.name: standing.to_json()}}
         reply = await self._client.uplink.request(self._client.message("join", (0, 0, 0), header))
-        begun = Begun.from_header(reply.header)
+        begun = Begun.from_reply(reply)
         decision, name = begun.decision, self._client.name
         self._client.generation = begun.number
         if name not in decision.lacking:
             await self._device.run(lambda: self._past.restore(decision.step))
         if decision.lacking:
             given = self._past.state() if name in decision.donors.values() else {}
-            states = (await self._client.uplink.request(self._client.message("share", (0, 0, 0), {}, given))).tensors
+            reply = await self._client.uplink.request(self._client.message("share", (0, 0, 0), {}, given))
             if name in decision.lacking:
-                await self._device.run(lambda: self._past.adopt(decision.step, states))
+                state = state_in(reply, self._past.adapter())
+                await self._device.run(lambda: self._past.adopt(decision.step, decision.origin, state))
         logger.info("joined", extra={"fields": {"step": decision.step, "generation": begun.number}})
         return begun
 
@@ -149,9 +167,9 @@ class Member:
         logger.info("step", extra={"fields": {**fields, "bytes_up": traffic.up, "bytes_down": traffic.down}})
 
 
-def _client(station: Station, past: Past, uplink: RemoteLink, told: Mapping[str, Any]) -> Client:
+def _client(station: Station, past: Past, uplink: RemoteLink, told: Told) -> Client:
     recipe, index = station.recipe, tier_of(station.recipe, station.name)[1]
-    corpus, batch_size = station.plan.corpus, int(told["batch_size"])
+    corpus, batch_size = station.plan.corpus, told.batch_size
     return Client(
         station.name,
         index,
@@ -161,19 +179,10 @@ def _client(station: Station, past: Past, uplink: RemoteLink, told: Mapping[str,
         eval_batches(corpus.eval[index], batch_size),
         whole=False,
         replicas=station.replicas,
-        accumulate=int(told["accumulate"]),
-        in_flight=int(told["in_flight"]),
+        accumulate=told.accumulate,
+        in_flight=told.in_flight,
         schedule=station.schedule,
         name_rows=names_rows(recipe),
         device=station.device,
         commit=past.commit,
     )
-
-
-def _told_cut(told: Mapping[str, Any]) -> tuple[int, int]:
-    start, end = told["shard"]
-    return int(start), int(end)
-
-
-def _stopped(station: Station) -> str:
-    return f"{station.name}: stopped in the middle of a step, which will be run again; start it again to go on"

@@ -32,10 +32,8 @@ def held(directory: Path) -> Iterator[None]:
     """Make the folder if need be, and keep it to this process.
 
     Raises:
-        RecipeError: it is a file, or another process has it.
+        RecipeError: another process has it.
     """
-    if directory.exists() and not directory.is_dir():
-        raise RecipeError([f"--output-dir: {directory} is a file; name a folder"])
     directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory, os.O_RDONLY)
     try:
@@ -51,16 +49,18 @@ def check_use(recipe: Recipe, directory: Path, resume: bool) -> None:
     """Refuse a folder that is in use, or holds another run.
 
     Raises:
-        RecipeError: it holds a run and `resume` was not asked for, it holds something else, or the recipe changed.
+        RecipeError: it is a file, holds a run and `resume` was not asked for, or something else, or the recipe changed.
         CheckpointError: there is nothing to resume.
     """
+    if directory.exists() and not directory.is_dir():
+        raise RecipeError([f"--output-dir: {directory} is a file; name a folder"])
     there = (directory / RECIPE).exists()
     if not resume:
         if there and any(directory.glob("*/journal/*")):
             raise RecipeError(
                 [f"--output-dir: {directory} holds a run; add --resume to go on with it, or name a new folder"]
             )
-        if {path.name for path in directory.iterdir()} - _own_names(recipe):
+        if directory.exists() and {path.name for path in directory.iterdir()} - _own_names(recipe):
             raise RecipeError([f"--output-dir: {directory} is not empty; name a new folder"])
         return
     if not there:

@@ -16,7 +16,7 @@ from splitllm.checkpoint import flush
 from splitllm.deployment.entries import Entry, read_entry, write_entry
 from splitllm.errors import CheckpointError
 
-FORMAT = "1"
+FORMAT = "2"
 _FINISHED = "finished.safetensors"
 logger = logging.getLogger(__name__)
 

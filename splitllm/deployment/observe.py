@@ -74,7 +74,9 @@ class Observer:
         try:
             server, thread = start_http_server(port, host, self.registry)
         except OSError as error:
-            raise OSError(error.errno, f"cannot listen ({error.strerror})", f"--metrics {address}") from error
+            raise OSError(
+                error.errno, f"cannot listen ({error.strerror}); give another port, or none", f"--metrics {address}"
+            ) from error
         logger.info("metrics", extra={"fields": {"address": f"http://{address}/metrics"}})
 
         def stop() -> None:

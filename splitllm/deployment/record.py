@@ -84,7 +84,13 @@ class Record:
             return
         recent = self.totals.since_logged()
         rate = train.optimizer.lr * self._station.schedule(step)
-        fields = {"step": step + 1, "loss": loss / labels, **recent, "lr": rate, "grad_norm": sums.norm}
+        fields = {
+            "step": step + 1,
+            "loss": loss / labels if labels else 0.0,
+            **recent,
+            "lr": rate,
+            "grad_norm": sums.norm,
+        }
         self._metrics.log("train", **fields, clients=len(sums.losses))
         logger.info("step", extra={"fields": {**fields, "clients": len(sums.losses)}})
 

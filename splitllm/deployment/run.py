@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from splitllm.deployment.client import attend
-from splitllm.deployment.server import serve
-from splitllm.deployment.station import Options
 from splitllm.recipe import Recipe, tier_of
+
+logger = logging.getLogger(__name__)
 
 
 def run_role(
@@ -32,5 +32,10 @@ def run_role(
     Raises:
         SplitLLMError: as `serve` and `attend`.
     """
+    logger.info("starts", extra={"fields": {"folder": str(directory)}})
+    from splitllm.deployment.client import attend  # torch and all: seconds, and nobody should wonder
+    from splitllm.deployment.server import serve
+    from splitllm.deployment.station import Options
+
     options = Options(name, directory, listen, metrics, insecure)
     (attend if tier_of(recipe, name)[0] == 0 else serve)(recipe, options)

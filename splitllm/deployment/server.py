@@ -15,13 +15,15 @@ from splitllm.deployment.journal import Journal
 from splitllm.deployment.observe import Observer
 from splitllm.deployment.reach import say_who_is_missing
 from splitllm.deployment.record import Record
-from splitllm.deployment.station import Options, Past, Station, Stop, open_station, tell_above
+from splitllm.deployment.station import Options, Past, Station, Stop, Told, open_station, tell_above
 from splitllm.errors import DivergedError, RunInterrupted, SplitLLMError
 from splitllm.metrics import Metrics
 from splitllm.recipe import Recipe, children_of, clients_below
 from splitllm.roles.assembly import coding_of
-from splitllm.roles.gate import Gate, Summit
+from splitllm.roles.gate import Gate
+from splitllm.roles.generation import Summit
 from splitllm.roles.server import Server
+from splitllm.roles.worker import Worker
 from splitllm.wire.remote import Listener
 from splitllm.wire.sessions import Reception, Sessions
 from splitllm.wire.stream import Refused
@@ -50,21 +52,21 @@ def serve(recipe: Recipe, options: Options) -> None:
 
 
 async def _serve(station: Station) -> None:
-    journal, stop = station.journal(), Stop()
+    journal, stop, address = station.journal(), Stop(), station.address()
     finished_at = station.recipe.train.steps if journal.finished else None
     if finished_at is not None:
         logger.info("the run was complete already", extra={"fields": {"seconds to stay": LINGER_SECONDS}})
     uplink = station.uplink() if station.tier + 1 < len(station.recipe.split.tiers) else None
-    told: Mapping[str, Any] = {}
+    told: Told | None = None
     if uplink is not None and finished_at is None:  # nobody may be up there any more once the run is complete
-        told = await _or_stopped(uplink.welcome(), stop)
-    gate = _gate(station, journal, uplink, told, finished_at)
+        told = await stop.unless_asked(station.welcomed(uplink))
+    gate = _gate(station, journal, await stop.unless_asked(station.load(told)), uplink, finished_at)
     trouble: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     observer = Observer(station.recipe.train.batch_size)
     sessions = Sessions(observer.watched(_reception(station, gate, trouble, told)))
     stop_metrics = observer.serve(station.options.metrics, sessions)
     streams = 2 * len(gate.children) + SPARE_STREAMS
-    listener = Listener(station.address(), sessions.serve, station.credentials, station.recipe.wire.keepalive, streams)
+    listener = Listener(address, sessions.serve, station.credentials, station.recipe.wire.keepalive, streams)
     port = await listener.start()
     logger.info("listening", extra={"fields": {"port": port, "tls": station.credentials is not None}})
     watch = asyncio.create_task(say_who_is_missing(gate.missing))
@@ -117,10 +119,10 @@ async def _linger(gate: Gate, stop: Stop) -> None:
 
 
 def _gate(
-    station: Station, journal: Journal, uplink: RemoteLink | None, told: Mapping[str, Any], finished_at: int | None
+    station: Station, journal: Journal, worker: Worker, uplink: RemoteLink | None, finished_at: int | None
 ) -> Gate:
     """The server with its door, of an edge or, where there is no uplink, of the top."""
-    worker, summit = station.worker(_bounds(told)), None
+    summit = None
     if uplink is not None:
         past = Past(station, journal, worker)
         server = _edge(station, past, uplink)
@@ -129,9 +131,9 @@ def _gate(
         record = Record(station, metrics)
         _say_what_is_left_out(station.recipe)
         past = Past(station, journal, worker, record.values, record.put_back)
-        server, summit = _cloud(station, past, record), _summit(record)
-    children = children_of(station.recipe, station.name)
-    return Gate(server, past, children, summit=summit, patience=_patience(station), finished_at=finished_at)
+        server, summit = _cloud(station, past, record), _summit(record, past)
+    bounds = allowed(station.plan, station.name)
+    return Gate(server, past, bounds, summit=summit, patience=_patience(station), finished_at=finished_at)
 
 
 def _say_what_is_left_out(recipe: Recipe) -> None:
@@ -142,8 +144,8 @@ def _say_what_is_left_out(recipe: Recipe) -> None:
 
 
 def _edge(station: Station, past: Past, uplink: RemoteLink) -> Server:
-    def commit(step: int) -> None:
-        past.commit(step)
+    def commit(step: int, generation: int) -> None:
+        past.commit(step, generation)
         logger.info("step", extra={"fields": {"step": step}})
 
     return Server(
@@ -170,13 +172,21 @@ def _cloud(station: Station, past: Past, record: Record) -> Server:
     )
 
 
-def _summit(record: Record) -> Summit:
-    return Summit(record.begun, record.evaluated, record.finish, first=time.time_ns() // 1_000_000)
+def _summit(record: Record, past: Past) -> Summit:
+    """Generations are numbered by the clock, and on from the last that committed a step, should the clock go back."""
+    committed = [int(origin) for step, origin in past.standing().states if step]
+    first = max([time.time_ns() // 1_000_000, *committed])
+    return Summit(record.begun, record.evaluated, record.finish, first=first)
 
 
-def _reception(station: Station, gate: Gate, trouble: asyncio.Future[None], told: Mapping[str, Any]) -> Reception:
-    bounds, recipe = allowed(station.plan, station.name), station.recipe
-    under_way = min(in_flight(station.plan, station.name), told.get("in_flight", recipe.train.in_flight))
+def _reception(station: Station, gate: Gate, trouble: asyncio.Future[None], told: Told | None) -> Reception:
+    recipe = station.recipe
+    under_way = in_flight(station.plan, station.name)
+    if under_way < recipe.train.in_flight:
+        fields = {"in flight": under_way, "wire.memory_mib": recipe.wire.memory_mib}
+        logger.info("memory limits micro-batches in flight", extra={"fields": fields})
+    if told is not None:
+        under_way = min(under_way, told.in_flight)
 
     def fatal(error: BaseException) -> None:
         if not trouble.done():
@@ -185,9 +195,9 @@ def _reception(station: Station, gate: Gate, trouble: asyncio.Future[None], told
     return Reception(
         admit=lambda hello, identity: _admit(station, hello, identity, under_way),
         answer=gate.handle,
-        check=bounds.check,
+        check=gate.allowed.check,
         room=lambda child: under_way * len(clients_below(recipe, child)) + 1,
-        coding=lambda: coding_of(recipe),
+        coding=lambda: coding_of(recipe, station.name),
         limits=limits(station.plan),
         back=gate.back,
         away=gate.away,
@@ -222,23 +232,7 @@ def _admit(
     }
 
 
-def _bounds(told: Mapping[str, Any]) -> tuple[int, int] | None:
-    return (int(told["shard"][0]), int(told["shard"][1])) if told else None
-
-
 def _patience(station: Station) -> float | None:
     """Servers further up wait longer, so that those below them have decided first."""
     wire = station.recipe.wire
     return wire.drop_after * station.tier if wire.absent == "drop" else None
-
-
-async def _or_stopped(welcome: Any, stop: Stop) -> Mapping[str, Any]:
-    """The welcome, unless the user stops the process first."""
-    waiting, asked = asyncio.ensure_future(welcome), asyncio.create_task(stop.asked.wait())
-    await asyncio.wait({waiting, asked}, return_when=asyncio.FIRST_COMPLETED)
-    asked.cancel()
-    if not waiting.done():
-        waiting.cancel()
-        raise RunInterrupted("stopped before the role above was reached")
-    found: Mapping[str, Any] = waiting.result()
-    return found

@@ -4,37 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import reprlib
 import resource
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from splitllm.deployment.bounds import limits
 from splitllm.deployment.journal import Journal
 from splitllm.deployment.reach import WayUp
-from splitllm.errors import DivergedError, RecipeError, SplitLLMError
+from splitllm.errors import DivergedError, PeerError, RecipeError, RunInterrupted, SplitLLMError
 from splitllm.model.loading import Checkpoint
 from splitllm.preflight import Plan, prepare
-from splitllm.recipe import Recipe, fingerprint, host_and_port, parent_of, tier_of
+from splitllm.recipe import Recipe, fingerprint, host_and_port, parent_of, start_digest, tier_of
 from splitllm.roles.assembly import Assembly, Site, coding_of, schedule_of
 from splitllm.roles.checks import LONGEST_WORDS
 from splitllm.roles.device import DeviceThread
 from splitllm.roles.recovery import Standing
-from splitllm.roles.together import Tensors
+from splitllm.roles.together import Tensors, is_count
 from splitllm.roles.worker import Worker
 from splitllm.running.base import open_base
 from splitllm.running.world import World, open_world, share_cores
 from splitllm.wire.certificates import Credentials, load_credentials
 from splitllm.wire.message import Message
-from splitllm.wire.remote import Dialer
+from splitllm.wire.remote import Dialer, patience
 from splitllm.wire.uplink import RemoteLink
 
+T = TypeVar("T")
 MIB = 2**20
 TELL_SECONDS = 5.0
 
@@ -129,9 +131,22 @@ class Station:
         site = Site(device=self.world.device, autocast=self.world.autocast)
         return Assembly(self.recipe, self.plan.corpus, self.base, self.plan.modules, all_bounds, self.schedule, site)
 
+    async def welcomed(self, uplink: RemoteLink) -> Told:
+        """Connect, and hear what the role above has to say.
+
+        Raises:
+            PeerError: it refuses this role, or says nothing of use.
+        """
+        welcome = await uplink.welcome()
+        return Told.from_welcome(welcome, str(parent_of(self.recipe, self.name)), self.plan.config.num_hidden_layers)
+
     def worker(self, bounds: tuple[int, int] | None = None) -> Worker:
         """This role's shard with its adapter."""
         return self.assembly(bounds).worker(self.tier, tier_of(self.recipe, self.name)[1])
+
+    async def load(self, told: Told | None) -> Worker:
+        """The same where it computes, so that this process still hears the user and its peers."""
+        return await self.device.run(lambda: self.worker(None if told is None else told.shard))
 
     def uplink(self) -> RemoteLink:
         """The way to the role above; connects at once.
@@ -149,8 +164,10 @@ class Station:
         check_secure(address, self.credentials, self.options)
         dialer = Dialer(address, parent, self.credentials, self.recipe.wire.keepalive)
         hello = {"name": self.name, "recipe": self.identity["recipe"], "model": self.identity["model"]}
-        coding = coding_of(self.recipe)
-        return RemoteLink(dialer.dial, parent, hello, coding, limits(self.plan), on_change=WayUp(parent))
+        coding, waits = coding_of(self.recipe, self.name), patience(self.recipe.wire.keepalive)
+        return RemoteLink(
+            dialer.dial, parent, hello, coding, limits(self.plan), patience=waits, on_change=WayUp(parent)
+        )
 
     def address(self) -> str:
         """Where this server listens.
@@ -187,28 +204,32 @@ class Past:
         self.journal, self.worker, self._tier = journal, worker, station.tier_name
         self._values, self._put_back = values, put_back
         if not self.journal.steps():
-            self.commit(0)
+            self._keep(0, start_digest(station.recipe))
 
     def standing(self) -> Standing:
-        """The steps whose state is kept."""
-        return Standing(self._tier, tuple(self.journal.steps()))
+        """The states that are kept."""
+        states = ((step, str(self.journal.read(step)[1]["origin"])) for step in self.journal.steps())
+        return Standing(self._tier, tuple(states))
 
-    def commit(self, step: int) -> None:
-        """Keep the state as it is after `step` steps."""
-        self.journal.write(step, self.state(), self._values())
+    def commit(self, step: int, generation: int) -> None:
+        """Keep the state as it is after `step` steps, of which the last was this generation's."""
+        self._keep(step, str(generation))
 
     def restore(self, step: int) -> None:
         """Be as after `step` steps; what came later is forgotten."""
         tensors, values = self.journal.read(step)
         self.worker.trainable.load(tensors)
-        self._put_back(values)
+        self._put_back(values["beside"])
         self.journal.forget_after(step)
 
-    def adopt(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Be as another role of the tier is after `step` steps."""
+    def adopt(self, step: int, origin: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Be as another role of the tier is in that state."""
         self.worker.trainable.load(tensors)
         self.journal.forget_after(step)
-        self.commit(step)
+        self._keep(step, origin)
+
+    def _keep(self, step: int, origin: str) -> None:
+        self.journal.write(step, self.state(), {"origin": origin, "beside": self._values()})
 
     def state(self) -> Tensors:
         """Adapter and optimiser as they are."""
@@ -253,6 +274,58 @@ class Stop:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.asked.set)
+
+    async def unless_asked(self, beginning: Awaitable[T]) -> T:
+        """The result of something that comes before the role takes part.
+
+        Raises:
+            RunInterrupted: the user stops the process first.
+        """
+        waiting, asked = asyncio.ensure_future(beginning), asyncio.create_task(self.asked.wait())
+        try:
+            await asyncio.wait({waiting, asked}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+            if not waiting.done():
+                waiting.cancel()
+        if not waiting.done():
+            raise RunInterrupted("stopped before it took part; start it again with the same command")
+        return waiting.result()
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the role above says in its welcome.
+
+    Attributes:
+        shard: first block that this role holds, and one past the last.
+        batch_size, accumulate, in_flight: of this role's clients.
+    """
+
+    shard: tuple[int, int]
+    batch_size: int
+    accumulate: int
+    in_flight: int
+
+    @classmethod
+    def from_welcome(cls, welcome: Mapping[str, Any], parent: str, blocks: int) -> Told:
+        """As it travelled.
+
+        Args:
+            welcome: its values.
+            parent: who sent it.
+            blocks: of the model.
+
+        Raises:
+            PeerError: it does not say what it should.
+        """
+        shard: Any = welcome.get("shard")
+        counts: list[Any] = [welcome.get(key) for key in ("batch_size", "accumulate", "in_flight")]
+        whole = isinstance(shard, list) and len(shard) == 2 and all(map(is_count, [*shard, *counts]))
+        if not whole or not shard[0] <= shard[1] <= blocks or min(counts) < 1:
+            said = reprlib.repr([shard, *counts])
+            raise PeerError(f"{parent}: its welcome names no blocks of the {blocks}, or no sizes of batches: {said}")
+        return cls((shard[0], shard[1]), *counts)
 
 
 def open_station(recipe: Recipe, options: Options, *, client: int | None) -> Station:

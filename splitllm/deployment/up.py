@@ -47,8 +47,8 @@ def up(recipe: Recipe, directory: Path, *, resume: bool = False, console: Consol
     tiers = list(role_names(recipe).values())
     [top] = tiers[-1]
     console = console or Console()
+    check_use(recipe, directory, resume)
     with held(directory):
-        check_use(recipe, directory, resume)
         if not (directory / top / SUMMARY).exists():
             threads = recipe.train.threads or max(1, _cores() // sum(map(len, tiers)))
             _run(prepare(recipe, directory, threads), tiers, recipe, console, fresh=not resume)

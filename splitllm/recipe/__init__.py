@@ -1,7 +1,7 @@
 """What the user asks for: the recipe, read from YAML with overrides. Loads no torch."""
 
 from splitllm.recipe.addresses import host_and_port
-from splitllm.recipe.digest import fingerprint
+from splitllm.recipe.digest import fingerprint, start_digest
 from splitllm.recipe.loading import (
     changed_keys,
     dump_recipe,
@@ -44,6 +44,7 @@ __all__ = [
     "parent_of",
     "role_in_tier",
     "role_names",
+    "start_digest",
     "tier_of",
     "what_leaves_in_a_deployment",
     "what_leaves_the_device",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from splitllm.recipe.loading import leaves
@@ -11,6 +12,7 @@ from splitllm.recipe.loading import leaves
 if TYPE_CHECKING:
     from splitllm.recipe.schema import Recipe
 
+ADAPTER_FILE = "adapter_model.safetensors"
 LOCAL_KEYS = frozenset(
     {
         *("model.base", "model.tokenizer", "lora.start_from"),
@@ -27,3 +29,15 @@ def fingerprint(recipe: Recipe) -> str:
     counted = {key: value for key, value in leaves(recipe) if key not in LOCAL_KEYS}
     counted["split.tiers"] = list(recipe.split.tiers.items())  # their order counts, that of other mappings does not
     return hashlib.blake2b(json.dumps(counted, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def start_digest(recipe: Recipe) -> str:
+    """What training starts from: `new`, or a digest of the adapter in `lora.start_from`, 16 hex digits.
+
+    Raises:
+        OSError: that cannot be read.
+    """
+    if recipe.lora.start_from is None:
+        return "new"
+    content = (Path(recipe.lora.start_from) / ADAPTER_FILE).read_bytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

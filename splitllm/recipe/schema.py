@@ -148,7 +148,7 @@ class WireRecipe(Section):
     up: Codec = "none"
     down: Codec = "none"
     feedback_mib: NonNegative = 256
-    memory_mib: Count = 1024
+    memory_mib: Count = 4096
     absent: Literal["wait", "drop"] = "wait"
     drop_after: Positive = 30.0
     keepalive: Positive = 10.0

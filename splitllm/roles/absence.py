@@ -19,13 +19,13 @@ class Absence:
         self.children, self.patience = list(children), patience
         self.all_left = asyncio.Event()
         self._away = dict.fromkeys(children, _now())
-        self._gathering_since = _now()
+        self._missed: dict[str, float] = {}
         self._left: set[str] = set()
         self._aside: set[str] = set()
 
     def away(self, child: str) -> None:
         """The connection of a child is gone."""
-        self._away.setdefault(child, _now())
+        self._missed.setdefault(child, self._away.setdefault(child, _now()))
 
     def back(self, child: str) -> None:
         """A child is connected."""
@@ -43,16 +43,19 @@ class Absence:
 
     def gather(self) -> None:
         """From now on children are expected to join."""
-        self._gathering_since = _now()
+        self._missed = dict(self._away)
 
     def given_up(self, child: str) -> bool:
-        """Whether the run goes on without a child that has not joined."""
-        since = min(self._away.get(child, math.inf), self._gathering_since)
-        return child in self._left or child in self._aside or self._too_long(since)
+        """Whether the run goes on without a child that has not joined.
+
+        One that is connected all the time may compute for as long as it needs. One whose connection breaks in the
+        meantime has the same patience as one that stays away, so that coming and going holds nobody up.
+        """
+        return child in self._aside or self.lost(child) or self._too_long(self._missed.get(child, math.inf))
 
     def lost(self, child: str) -> bool:
-        """Whether a child that takes part has been away for too long."""
-        return child not in self._left and self._too_long(self._away.get(child, math.inf))
+        """Whether a child has been away for too long."""
+        return self._too_long(self._away.get(child, math.inf))
 
     def missing(self, seconds: float) -> list[str]:
         """Who has been away for so many seconds, and is waited for without end."""

@@ -18,7 +18,7 @@ from splitllm.model.lora import adapter_parameters, add_lora
 from splitllm.model.naming import in_text_model
 from splitllm.model.shard import Shard
 from splitllm.model.trainable import Trainable
-from splitllm.recipe import Recipe, ScheduleRecipe
+from splitllm.recipe import Recipe, ScheduleRecipe, children_of, parent_of
 from splitllm.roles.client import Client
 from splitllm.roles.server import Counts, LossWeights, Server, StepSums, Top, unobserved
 from splitllm.roles.worker import Autocast, Worker
@@ -149,7 +149,7 @@ class Assembly:
                 self._role(tier, index),
                 [self._role(tier - 1, child) for child in children],
                 self.worker(tier, index),
-                self._link(tier, parent),
+                self._link(tier, index, parent),
                 replicas=self.counts[tier],
             )
             below.update(dict.fromkeys(children, server))
@@ -176,7 +176,7 @@ class Assembly:
                 self._role(0, index),
                 index,
                 self.worker(0, index),
-                self._link(0, parents[index]),
+                self._link(0, index, parents[index]),
                 stream,
                 eval_batches(self.corpus.eval[index], train.batch_size),
                 whole=len(self.tiers) == 1,
@@ -232,8 +232,8 @@ class Assembly:
         site = self.site
         return Top(weigh, site.all_counts, site.all_sums, self.recipe.train.clip_norm, observe)
 
-    def _link(self, tier: int, parent: Server) -> LocalLink:
-        coding = (coding_of(self.recipe), coding_of(self.recipe))
+    def _link(self, tier: int, index: int, parent: Server) -> LocalLink:
+        coding = (coding_of(self.recipe, self._role(tier, index)), coding_of(self.recipe, parent.name))
         link = LocalLink(parent.handle, yields=self.recipe.train.in_flight > 1, coding=coding)
         self.roles.links.setdefault(self.tiers[tier], []).append(link)
         return link
@@ -250,10 +250,13 @@ def _share(count: int, site: Site) -> list[int]:
     return [index for index in range(count) if index * site.size // count == site.rank]
 
 
-def coding_of(recipe: Recipe) -> Coding:
-    """The codecs of one end of a link."""
-    wire = recipe.wire
-    return Coding(wire.up, wire.down, wire.feedback_mib * MIB)
+def coding_of(recipe: Recipe, name: str) -> Coding:
+    """The codecs of one end of a link of role `name`, with its share of what that role may remember."""
+    wire, ends = recipe.wire, 0
+    if len(recipe.split.tiers) > 1:
+        ends += len(children_of(recipe, name)) * codec(wire.down).feedback
+        ends += (parent_of(recipe, name) is not None) * codec(wire.up).feedback
+    return Coding(wire.up, wire.down, wire.feedback_mib * MIB // max(1, ends))
 
 
 def names_rows(recipe: Recipe) -> bool:

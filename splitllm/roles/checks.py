@@ -5,7 +5,6 @@ Suffixes: B rows, S padded length, T real tokens, N labelled positions, D hidden
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 
 from splitllm.errors import PeerError
-from splitllm.roles.together import LARGEST_NORM
+from splitllm.roles.together import ADAPTER_SLOT, LARGEST_NORM, SLOTS, is_loss, is_number
 from splitllm.wire.message import Message
 
-MOST_KEPT = 16  # steps that a role may say it kept
+MOST_KEPT = 16  # states that a role may say it kept
+LONGEST_ORIGIN = 40  # characters
 LONGEST_WORDS = 300  # characters
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -27,12 +27,17 @@ class Child:
     """What one child speaks for.
 
     Attributes:
-        clients: the numbers of the clients whose branch goes through it.
+        clients: the numbers of the clients whose branch goes through it -> their names.
         roles: itself and all below it -> their tiers.
     """
 
-    clients: frozenset[int]
+    clients: Mapping[int, str]
     roles: Mapping[str, str]
+
+    @property
+    def tiers(self) -> set[str]:
+        """Its own and those below."""
+        return set(self.roles.values())
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Allowed:
         packed: whether rows may carry position ids.
         summed: adapter tensors of the tiers below whose replicas' gradients are summed -> shape.
         normed: names of the other adapter tensors of the tiers below.
-        adapter: all adapter tensors -> shape.
+        tiers: tier -> its adapter tensors -> shape; empty for a tier that trains nothing.
     """
 
     children: Mapping[str, Child]
@@ -65,7 +70,7 @@ class Allowed:
     packed: bool
     summed: Mapping[str, torch.Size]
     normed: frozenset[str]
-    adapter: Mapping[str, torch.Size]
+    tiers: Mapping[str, Mapping[str, torch.Size]]
 
     def check(self, message: Message) -> None:
         """Look at a request.
@@ -92,21 +97,32 @@ def _join(allowed: Allowed, child: Child, message: Message) -> None:
     for role, standing in standings.items():
         _need(role in child.roles, message, f"a standing of {role[:80]!r}, which is not below it")
         _need(isinstance(standing, list) and len(standing) == 2, message, "a standing that is no pair")
-        tier, steps = standing
+        tier, states = standing
         _need(tier == child.roles[role], message, f"another tier for {role}")
-        _need(isinstance(steps, list) and 1 <= len(steps) <= MOST_KEPT, message, "a standing without a list of steps")
-        _need(all(_whole(step, 0, allowed.steps) for step in steps), message, "a standing with steps beyond the run")
+        fits = isinstance(states, list) and 1 <= len(states) <= MOST_KEPT
+        _need(fits, message, "a standing without a list of states")
+        _need(all(_is_state(state, allowed.steps) for state in states), message, "a standing with what is no state")
     aside = not standings  # nobody is left below it
     _need(aside or message.sender in standings, message, "no standing of its own")
+    _need(aside or any(name in standings for name in child.clients.values()), message, "no standing of a client")
 
 
-def _share(allowed: Allowed, _child: Child, message: Message) -> None:
-    for name, tensor in message.tensors.items():
-        slot, _, parameter = name.partition("/")
-        shape = allowed.adapter.get(parameter)
-        _need(shape is not None and len(slot) <= 40, message, f"a state of {name[:120]!r}, which is no adapter tensor")
-        fits = tensor.shape == shape or (slot != "adapter" and tensor.dim() == 0)
-        _need(fits and tensor.dtype in FLOATS, message, f"{name} of {tensor.dtype} {list(tensor.shape)}")
+def _share(allowed: Allowed, child: Child, message: Message) -> None:
+    """States of whole tiers below, or none; whose are due, the generation tells (`parts.py`)."""
+    stepped = any(not name.startswith(f"{ADAPTER_SLOT}/") for name in message.tensors)
+    slots = SLOTS if stepped else {ADAPTER_SLOT: True}
+    due: dict[str, torch.Size] = {}
+    for shapes in (allowed.tiers[tier].items() for tier in child.tiers):
+        states = {f"{slot}/{n}": shape if like else torch.Size() for slot, like in slots.items() for n, shape in shapes}
+        if not states.keys().isdisjoint(message.tensors):
+            due |= states
+    _need(
+        set(message.tensors) == set(due),
+        message,
+        f"states {_short(message.tensors)}, which are not those of whole tiers below it",
+    )
+    for name, shape in due.items():
+        _floats(message, name, shape)
 
 
 def _open(allowed: Allowed, child: Child, message: Message) -> None:
@@ -156,11 +172,11 @@ def _backward(allowed: Allowed, _child: Child, message: Message) -> None:
 def _close(allowed: Allowed, child: Child, message: Message) -> None:
     norms = _mapping(message, "norms")
     _need(set(norms) == allowed.normed, message, "not the norms that are due")
-    fits = all(norm is None or (_real(norm) and 0 <= norm <= LARGEST_NORM) for norm in norms.values())
+    fits = all(norm is None or (is_number(norm) and 0 <= norm <= LARGEST_NORM) for norm in norms.values())
     _need(fits, message, "squared norms that are none")
     _need(set(message.tensors) == set(allowed.summed), message, "not the gradients that are due")
-    for name, tensor in message.tensors.items():
-        _floats(message, name, tuple(allowed.summed[name]), tensor)
+    for name, shape in allowed.summed.items():
+        _floats(message, name, shape)
     _losses(child, message)
     crossed = _mapping(message, "bytes")
     _need(set(crossed) <= set(child.roles), message, "bytes of roles that are not below it")
@@ -176,11 +192,12 @@ def _finish(allowed: Allowed, child: Child, message: Message) -> None:
     words = _mapping(message, "roles")
     _need(set(words) <= set(child.roles), message, "closing words of roles that are not below it")
     for said in words.values():
-        fits = isinstance(said, dict) and len(said) <= 16 and all(_real(value) for value in said.values())
+        fits = isinstance(said, dict) and len(said) <= 16 and all(is_number(value) for value in said.values())
         _need(fits, message, "closing words that are no numbers")
-    for name, tensor in message.tensors.items():
-        _need(name in allowed.adapter, message, f"{name[:120]!r}, which is no adapter tensor")
-        _floats(message, name, tuple(allowed.adapter[name]), tensor)
+    due = {name: shape for tier in child.tiers for name, shape in allowed.tiers[tier].items()}
+    _need(set(message.tensors) == set(due), message, "not the adapter of the tiers below")
+    for name, shape in due.items():
+        _floats(message, name, shape)
 
 
 def _diverged(_allowed: Allowed, _child: Child, message: Message) -> None:
@@ -209,7 +226,7 @@ def _losses(child: Child, message: Message) -> None:
         _need(_is_client(client, child), message, f"losses of client {client[:20]!r}, which is not below it")
         _need(isinstance(sums, list) and len(sums) == 3, message, "losses that are not loss, labels and tokens")
         loss, *counts = sums
-        _need(loss is None or _real(loss), message, "a loss that is no number")
+        _need(is_loss(loss), message, "a loss that is no number")
         _need(all(_whole(count, 0, 1 << 53) for count in counts), message, "labels or tokens that are no counts")
 
 
@@ -224,8 +241,8 @@ def _is_client(text: str, child: Child) -> bool:
     return text.isdecimal() and len(text) < 10 and str(int(text)) == text and int(text) in child.clients
 
 
-def _floats(message: Message, name: str, shape: Iterable[int], tensor: torch.Tensor | None = None) -> None:
-    found = message.tensors[name] if tensor is None else tensor
+def _floats(message: Message, name: str, shape: Iterable[int]) -> None:
+    found = message.tensors[name]
     fits = found.dtype in FLOATS and list(found.shape) == list(shape)
     _need(fits, message, f"{name} of {found.dtype} {list(found.shape)}; floats of {list(shape)} are due")
 
@@ -242,8 +259,11 @@ def _whole(value: Any, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def _real(value: Any) -> bool:
-    return (type(value) is int and abs(value) < 1 << 63) or (type(value) is float and math.isfinite(value))
+def _is_state(value: Any, last: int) -> bool:
+    """Whether it is steps done, and their origin."""
+    if not isinstance(value, list) or len(value) != 2 or not _whole(value[0], 0, last):
+        return False
+    return isinstance(value[1], str) and value[1].isprintable() and 1 <= len(value[1]) <= LONGEST_ORIGIN
 
 
 def _short(names: Iterable[str]) -> str:

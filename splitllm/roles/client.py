@@ -17,7 +17,18 @@ from splitllm.data.batching import BatchStream, MicroBatch
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.trainable import squared_norms
 from splitllm.roles.device import Device, Inline
-from splitllm.roles.together import Crossed, expected, finite, gathered, no_commit, travelled
+from splitllm.roles.together import (
+    Crossed,
+    answered,
+    expected,
+    finite,
+    gathered,
+    is_loss,
+    is_number,
+    no_commit,
+    travelled,
+    weights_in,
+)
 from splitllm.roles.worker import Pass, Worker
 from splitllm.wire.link import Link
 from splitllm.wire.message import Kind, Message
@@ -61,7 +72,8 @@ class Client:
         schedule: step -> multiplier of the learning rate.
         name_rows: tell which of its rows a micro-batch holds, for codecs that carry their error on.
         device: where it computes.
-        commit: called with the number of steps done, once a step is applied and before anything else happens.
+        commit: called with the number of steps done and the generation, once a step is applied and before anything
+            else happens.
 
     Attributes:
         generation: the stretch of the run that its messages belong to.
@@ -83,7 +95,7 @@ class Client:
         schedule: Callable[[int], float],
         name_rows: bool = False,
         device: Device | None = None,
-        commit: Callable[[int], None] = no_commit,
+        commit: Callable[[int, int], None] = no_commit,
     ) -> None:
         self.name, self.index, self.worker, self.uplink = name, index, worker, uplink
         self.stream, self.evaluation, self.whole, self.replicas = stream, evaluation, whole, replicas
@@ -129,7 +141,7 @@ class Client:
         """Announce the step's label counts; learn what one nat of this client's loss weighs."""
         self.worker.trainable.expect(ids)
         reply = await self.uplink.request(self.message("open", ids[0], {"labels": {self.index: labels}}))
-        return float({int(client): weight for client, weight in reply.header["weights"].items()}[self.index])
+        return weights_in(reply, [self.index])[self.index]
 
     async def _train(self, micro_batch: MicroBatchId, batch: MicroBatch, weight: float) -> float:
         if self.whole:
@@ -137,7 +149,7 @@ class Client:
         run = await self.device.run(lambda: self._forward(micro_batch, batch, train=True))
         reply = await self.uplink.request(self._question(run, batch, train=True))
         if self.worker.shard.head is None:
-            loss_value = travelled(reply.header["loss"])
+            loss_value = travelled(answered(reply, "loss", is_loss))
         else:
             rows_ND = expected(reply, "rows_ND", (batch.labels, run.output_TD.shape[1]))
             loss_value, gradient_ND = await self.device.run(
@@ -162,7 +174,7 @@ class Client:
         else:
             reply = await self.uplink.request(self._question(run, batch, train=False))
             if self.worker.shard.head is None:
-                return travelled(reply.header["loss"])
+                return travelled(answered(reply, "loss", is_loss))
             rows_ND = expected(reply, "rows_ND", (batch.labels, run.output_TD.shape[1]))
         return await self.device.run(lambda: float(self._head_loss(rows_ND, batch)[1]))
 
@@ -215,12 +227,15 @@ class Client:
             "bytes": {self.name: self._crossed.since_asked()},
         }
         reply = await self.uplink.request(self.message("close", first, header, own if shared else {}))
-        gradients = reply.tensors if shared else own
-        factor, rate = float(reply.header["factor"]), self.schedule(first.step)
+        gradients = (
+            {name: expected(reply, name, tuple(tensor.shape)) for name, tensor in own.items()} if shared else own
+        )
+        norm, factor = (float(answered(reply, key, is_number)) for key in ("norm", "factor"))
+        rate = self.schedule(first.step)
 
         def apply() -> None:
             self.worker.trainable.apply(gradients, factor, rate)
-            self.commit(first.step + 1)
+            self.commit(first.step + 1, self.generation)
 
         await self.device.run(apply)
-        return float(reply.header["norm"])
+        return norm

@@ -1,7 +1,7 @@
 """The door of a server that runs as a process of its own: who takes part in the run, and from which step it goes on.
 
 A *generation* is the stretch of a run between two recoveries. It begins when every child has joined: each tells which
-steps it can go back to, the top decides (`recovery.py`), and all go back to that step. It ends when a role is lost for
+states it can go back to, the top decides (`recovery.py`), and all go back to that one. It ends when a role is lost for
 good or joins anew; whatever was under way is then forgotten, everybody is told to join again (`RejoinError`), and the
 step that was not committed everywhere is run again. All of it is a function of (seed, step, micro-batch), so it is the
 same step.
@@ -13,100 +13,21 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from splitllm.errors import DivergedError, PeerError, RejoinError
 from splitllm.roles.absence import Absence
+from splitllm.roles.checks import Allowed
+from splitllm.roles.generation import Begun, Past, Summit
 from splitllm.roles.meeting import Meeting
 from splitllm.roles.order import Order
+from splitllm.roles.parts import Part, part_of
 from splitllm.roles.recovery import Decision, Standing, decide, standings_from_json
 from splitllm.roles.server import Server
-from splitllm.roles.together import Tensors
+from splitllm.roles.together import Tensors, state_in
 from splitllm.wire.message import Message
 
 logger = logging.getLogger(__name__)
-
-
-class Past(Protocol):
-    """What a role can go back to."""
-
-    def standing(self) -> Standing:
-        """The steps whose state is kept."""
-        ...
-
-    def restore(self, step: int) -> None:
-        """Be as after `step` steps; what came later is forgotten."""
-        ...
-
-    def state(self) -> Tensors:
-        """Adapter and optimiser as they are."""
-        ...
-
-    def adopt(self, step: int, tensors: Mapping[str, Any]) -> None:
-        """Be as another role of the tier is after `step` steps."""
-        ...
-
-    def adapter(self) -> Tensors:
-        """The role's part of the adapter, by the names that an adapter file has."""
-        ...
-
-    def closing_words(self) -> dict[str, Any]:
-        """What is told of the role at the end of the run."""
-        ...
-
-    def mark_finished(self) -> None:
-        """The run is complete, and stays so when the process ends."""
-        ...
-
-
-@dataclass(frozen=True)
-class Begun:
-    """A generation as the top describes it.
-
-    Attributes:
-        number: of the generation.
-        decision: from which step it goes on, and who needs another's state.
-        evaluated: whether the evaluation due at that step is already recorded.
-    """
-
-    number: int
-    decision: Decision
-    evaluated: bool
-
-    def header(self) -> dict[str, Any]:
-        """As it travels."""
-        decision = self.decision
-        return {
-            "generation": self.number,
-            "step": decision.step,
-            "donors": dict(decision.donors),
-            "lacking": list(decision.lacking),
-            "evaluated": self.evaluated,
-        }
-
-    @classmethod
-    def from_header(cls, header: Mapping[str, Any]) -> Begun:
-        """As it travelled."""
-        decision = Decision(int(header["step"]), dict(header["donors"]), tuple(header["lacking"]))
-        return cls(int(header["generation"]), decision, bool(header["evaluated"]))
-
-
-@dataclass(frozen=True)
-class Summit:
-    """What the top adds to its gate.
-
-    Attributes:
-        begin: told of the step from which a generation goes on; tells whether its evaluation is recorded.
-        evaluated: told of the clients' losses of an evaluation.
-        finish: told of every role's closing words and of the whole adapter.
-        first: number of the first generation.
-    """
-
-    begin: Callable[[int], bool]
-    evaluated: Callable[[int, Mapping[int, Any]], None]
-    finish: Callable[[Mapping[str, Any], Tensors], None]
-    first: int
 
 
 class Gate:
@@ -115,12 +36,13 @@ class Gate:
     Args:
         server: answers what is let through.
         past: what its own role can go back to.
-        children: names of the roles below.
+        allowed: what the roles below may send.
         summit: at the top only.
         patience: seconds after which a child that is away is left out; None to wait for ever.
         finished_at: the last step, where the run was complete before this process started.
 
     Attributes:
+        children: names of the roles below.
         members: the children that take part in the generation.
         finished: set when the run is complete.
         all_left: set when every child has said goodbye.
@@ -130,19 +52,20 @@ class Gate:
         self,
         server: Server,
         past: Past,
-        children: list[str],
+        allowed: Allowed,
         *,
         summit: Summit | None = None,
         patience: float | None = None,
         finished_at: int | None = None,
     ) -> None:
-        self.server, self.past, self.children, self.summit = server, past, children, summit
+        self.server, self.past, self.allowed, self.summit = server, past, allowed, summit
+        self.children = list(allowed.children)
         self.members: list[str] = []
         self.finished = asyncio.Event()
         self._finished_at = finished_at
         if finished_at is not None:
             self.finished.set()
-        self._absence = Absence(children, patience)
+        self._absence = Absence(self.children, patience)
         self.all_left = self._absence.all_left
         self._begun: Begun | None = None
         self._under_way: set[asyncio.Task[Message]] = set()
@@ -151,6 +74,7 @@ class Gate:
         self._stands_aside = False
         self._next = summit.first if summit is not None else 0
         self._meetings: dict[str, Meeting] = {}
+        self._parts: dict[str, Part] = {}
         self._order = Order(0)
         self._look_later()
 
@@ -170,6 +94,7 @@ class Gate:
             return await self._join(message)
         if self._begun is None or message.generation != self._begun.number or message.sender not in self.members:
             raise RejoinError(f"{self.server.name}: generation {message.generation} is over; join again")
+        self._parts[message.sender].check(message)
         meeting = self._meetings.get(message.kind)
         with self._order.turn(message):
             return await self._until_over(meeting.join(message) if meeting is not None else self.server.handle(message))
@@ -183,10 +108,9 @@ class Gate:
         self._absence.back(child)
 
     def left(self, child: str) -> None:
-        """A child has said goodbye: the run is complete for it, and nobody waits for it any more."""
-        self._absence.left(child)
-        if self._begun is None and self._settling is None:
-            self._settle_anew()
+        """A child has said goodbye; before the run is complete it cannot mean it, and is waited for as before."""
+        if self.finished.is_set():
+            self._absence.left(child)
 
     def missing(self, seconds: float) -> list[str]:
         """Children that have been away for so many seconds, and are waited for without end."""
@@ -275,13 +199,18 @@ class Gate:
             standings.update(standings_from_json(message.header["standings"]))
         begun = await self._decided(standings)
         await self.server.device.run(lambda: self._go_back(begun.decision), urgent=True)
-        self._begin(begun, list(joined))
+        self._begin(begun, {child: message for child, (message, _) in joined.items()})
         for message, reply in joined.values():
             if not reply.done():
                 reply.set_result(self.server.message("join", message.micro_batch, begun.header()))
 
-    def _begin(self, begun: Begun, members: list[str]) -> None:
-        self.members, self._begun, self._joined = members, begun, {}
+    def _begin(self, begun: Begun, joined: Mapping[str, Message]) -> None:
+        self.members = members = list(joined)
+        self._begun, self._joined = begun, {}
+        self._parts = {
+            child: part_of(self.allowed, child, message.header["standings"], begun.decision)
+            for child, message in joined.items()
+        }
         self.server.begin(members, begun.number)
         self._order = Order(begun.decision.step)
         self._meetings = {
@@ -321,7 +250,7 @@ class Gate:
                 reply = await self.server.uplink.request(self.server.message("join", (0, 0, 0), header))
             except RejoinError:  # the role above was restarted while it gathered
                 continue
-            return Begun.from_header(reply.header)
+            return Begun.from_reply(reply)
 
     def _go_back(self, decision: Decision) -> None:
         if self.server.name not in decision.lacking:
@@ -341,8 +270,9 @@ class Gate:
         if self.server.uplink is not None:
             reply = await self.server.uplink.request(self.server.message("share", (0, 0, 0), {}, states))
             states = dict(reply.tensors)
-        if name in decision.lacking:
-            await self.server.device.run(lambda: self.past.adopt(decision.step, states))
+            if name in decision.lacking:
+                own = state_in(reply, self.past.adapter())
+                await self.server.device.run(lambda: self.past.adopt(decision.step, decision.origin, own))
         return lambda message: self.server.message("share", message.micro_batch, {}, states)
 
     async def _evaluated(self, messages: list[Message]) -> Callable[[Message], Message]:
@@ -385,7 +315,8 @@ class Gate:
             raise RejoinError(f"{self.server.name}: the run is complete; join again to hear so")
         standings = standings_from_json(message.header["standings"])
         standings[self.server.name] = await self.server.device.run(self.past.standing, urgent=True)
-        if any(last not in standing.steps for standing in standings.values()):
+        end = max(standings[self.server.name].states, default=(0, ""))
+        if end[0] != last or any(end not in standing.states for standing in standings.values()):
             raise PeerError(f"the run is complete without {', '.join(sorted(standings))}: nothing is left to do")
-        begun = Begun(self.server.generation, Decision(last, {}, ()), evaluated=True)
+        begun = Begun(self.server.generation, Decision(*end, {}, ()), evaluated=True)
         return self.server.message("join", message.micro_batch, begun.header())

@@ -17,7 +17,18 @@ from splitllm.model.randomness import MicroBatchId
 from splitllm.model.trainable import Tensors, clip_factor, squared_norms
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.meeting import Meeting
-from splitllm.roles.together import Crossed, add_into, expected, finite, no_commit, travelled
+from splitllm.roles.together import (
+    Crossed,
+    add_into,
+    answered,
+    expected,
+    finite,
+    is_loss,
+    is_number,
+    no_commit,
+    travelled,
+    weights_in,
+)
 from splitllm.roles.worker import Pass, Worker
 from splitllm.wire.link import Link, Traffic
 from splitllm.wire.message import Kind, Message
@@ -76,7 +87,8 @@ class Server:
         replicas: how many roles hold the same adapter as this one.
         schedule: step -> multiplier of the learning rate.
         device: where it computes.
-        commit: called with the number of steps done, once a step is applied and before anybody is told.
+        commit: called with the number of steps done and the generation, once a step is applied and before anybody is
+            told.
 
     Attributes:
         generation: the stretch of the run that its messages belong to.
@@ -93,7 +105,7 @@ class Server:
         replicas: int = 1,
         schedule: Callable[[int], float],
         device: Device | None = None,
-        commit: Callable[[int], None] = no_commit,
+        commit: Callable[[int, int], None] = no_commit,
     ) -> None:
         assert (uplink is None) != (top is None), "a server has a role above it or is the top"
         self.name, self.worker, self.uplink, self.top = name, worker, uplink, top
@@ -160,7 +172,7 @@ class Server:
             return self.top.weigh(self.top.all_counts(counts))
         assert self.uplink is not None
         reply = await self.uplink.request(self.message("open", message.micro_batch, {"labels": counts}))
-        return {int(client): float(weight) for client, weight in reply.header["weights"].items()}
+        return weights_in(reply, counts)
 
     # A micro-batch runs: one request where the cloud has the labels, two where the client keeps them.
 
@@ -220,7 +232,7 @@ class Server:
         worker = self._need_worker()
         run = await self.device.run(lambda: self._pass(message))
         reply = await self.uplink.request(self._onward(message, run))
-        loss = travelled(reply.header["loss"])
+        loss = travelled(answered(reply, "loss", is_loss))
         if not run.output_TD.requires_grad:
             return None, loss
         gradient_TD = expected(reply, "gradient_TD", tuple(run.output_TD.shape))
@@ -297,7 +309,7 @@ class Server:
         def job() -> None:
             if self.worker is not None:
                 self.worker.trainable.apply(gradients, factor, self.schedule(step))
-            self.commit(step + 1)
+            self.commit(step + 1, self.generation)
 
         await self.device.run(job)
 
@@ -310,7 +322,8 @@ class Server:
             crossed = {**told.crossed, self.name: self.crossed.since_asked()}
             header = {"norms": norms, "losses": told.losses, "bytes": crossed}
             reply = await self.uplink.request(self.message("close", message.micro_batch, header, sums))
-            return float(reply.header["norm"]), float(reply.header["factor"]), reply.tensors
+            norm, factor = (float(answered(reply, key, is_number)) for key in ("norm", "factor"))
+            return norm, factor, {name: expected(reply, name, tuple(tensor.shape)) for name, tensor in sums.items()}
         totals = self.top.all_sums(sums)
         squares = [*norms.values(), *map(finite, squared_norms(totals).values())]
         norm = math.sqrt(math.fsum(map(travelled, squares)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine, Iterable, Mapping
+import reprlib
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +18,12 @@ T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
 LARGEST_NORM = 1e300
 """Of squared norms: sums of them stay finite, and what is larger has diverged in any precision."""
+ADAPTER_SLOT = "adapter"
+SLOTS = {ADAPTER_SLOT: True, "exp_avg": True, "exp_avg_sq": True, "step": False}
+"""What a state holds of an adapter tensor -> whether it has that tensor's shape, or no dims."""
 
 
-def no_commit(_steps: int) -> None:
+def no_commit(_steps: int, _generation: int) -> None:
     """For roles whose run is saved from outside."""
 
 
@@ -34,6 +38,78 @@ def expected(message: Message, name: str, shape: tuple[int, ...]) -> torch.Tenso
         found = "nothing" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"
         raise PeerError(f"{message.sender} sent {message.kind} with {found} as {name}; {list(shape)} is needed")
     return tensor
+
+
+def answered(reply: Message, key: str, fits: Callable[[Any], bool]) -> Any:
+    """A value in the header of an answer.
+
+    Args:
+        reply: the answer.
+        key: of the value.
+        fits: whether it is one of those that may be there.
+
+    Raises:
+        PeerError: it does not fit, or is missing.
+    """
+    value = reply.header.get(key)
+    if not fits(value):
+        raise PeerError(f"{reply.sender} answered {reply.kind} with {reprlib.repr(value)} as {key}; that is none")
+    return value
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 0 on."""
+    return type(value) is int and value >= 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return (type(value) is int and abs(value) < 1 << 63) or (type(value) is float and math.isfinite(value))
+
+
+def is_loss(value: Any) -> bool:
+    """Whether it is what `finite` makes of a loss."""
+    return value is None or is_number(value)
+
+
+def are_texts(values: Iterable[Any]) -> bool:
+    """Whether all are strings."""
+    return all(isinstance(value, str) for value in values)
+
+
+def weights_in(reply: Message, clients: Iterable[int]) -> dict[int, float]:
+    """The loss weight of each of these clients, and of those of others, in the answer to an `open`.
+
+    Raises:
+        PeerError: one is missing, or is no weight.
+    """
+    wanted = {str(client) for client in clients}
+
+    def fits(value: Any) -> bool:
+        plain = isinstance(value, dict) and wanted <= {str(client) for client in value}
+        return plain and all(str(client).isdecimal() and is_number(weight) for client, weight in value.items())
+
+    return {int(client): float(weight) for client, weight in answered(reply, "weights", fits).items()}
+
+
+def state_in(reply: Message, adapter: Mapping[str, torch.Tensor]) -> Tensors:
+    """The state of a tier in the answer to a `share`: all of its adapter, with the optimiser's values or none.
+
+    Args:
+        reply: the answer.
+        adapter: of that tier, for the shapes.
+
+    Raises:
+        PeerError: something is missing or of another shape.
+    """
+    state: Tensors = {}
+    stepped = any(name.partition("/")[0] != ADAPTER_SLOT for name in reply.tensors)
+    for name, tensor in adapter.items():
+        for slot, like in SLOTS.items():
+            if slot == ADAPTER_SLOT or stepped:
+                key = f"{slot}/{name}"
+                state[key] = expected(reply, key, tuple(tensor.shape) if like else ())
+    return state
 
 
 def finite(value: float) -> float | None:

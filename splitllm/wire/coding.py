@@ -1,8 +1,9 @@
 """Which codec each tensor of a message gets, the same for every link.
 
 Only activations and their gradients are coded, by direction; all else travels as it is, and so does an evaluation: it
-measures the adapter, not the codec. A training micro-batch carries
-its error on where the codec wants that and its forward names the rows of the training data it consists of.
+measures the adapter, not the codec. What a codec loses of a gradient is carried on by row, if the codec wants that and
+the forward names the rows of the training data that the micro-batch consists of. Activations are not summed over steps
+as gradients are: an old error would only be noise on top of the new one.
 Suffixes: T real tokens, N labelled positions, D width.
 """
 
@@ -21,6 +22,8 @@ from splitllm.wire.message import Message
 
 UP = ("hidden_TD", "gradient_ND")
 DOWN = ("gradient_TD", "rows_ND")
+SUMMED = frozenset({"gradient_ND", "gradient_TD"})
+"""What is lost of these is made up for the next time."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ class Coding:
             codecs = {}  # an evaluation measures the adapter, not the codec
         for name, tensor in message.tensors.items():
             chosen, what = codecs.get(name, "none"), f"{name} of {message.sender}"
-            rows = self._rows.get(request.micro_batch) if codec(chosen).feedback and _trains(request) else None
+            carries = name in SUMMED and codec(chosen).feedback
+            rows = self._rows.get(request.micro_batch) if carries else None
             packed[name] = (
                 pack(tensor, chosen, what) if rows is None else self._carry(name, tensor, request, rows, what)
             )

@@ -6,9 +6,10 @@ e <- (x + e) - decode(encode(x + e)).
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class _Entry:
 
     @property
     def nbytes(self) -> int:
-        return _OVERHEAD + self.error_TD.nbytes + (0 if self.before_TD is None else self.before_TD.nbytes)
+        """Bytes it takes, or will once there was an error before it: a function of the row's shape alone."""
+        return _OVERHEAD + 2 * self.error_TD.nbytes
 
 
 class ErrorMemory:
@@ -37,13 +39,20 @@ class ErrorMemory:
 
     All visits of a row in one step read the error from before it; the last visit by (index, place) leaves its own.
 
+    Where not all rows fit, always the same ones are kept: those of the lowest rank, a hash of the key. So the share of
+    the rows that meet their error is that of the memory, though every epoch has another order, and it does not depend
+    on the order in which a step's micro-batches come.
+
     Args:
-        limit_bytes: the least recently sent rows are forgotten beyond it.
+        limit_bytes: beyond it, when a new step begins, the rows of the highest rank are forgotten and never kept again.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit, self._nbytes = limit_bytes, 0
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._entries: dict[Hashable, _Entry] = {}
+        self._highest: list[tuple[int, Hashable]] = []  # a heap: minus the rank, and the key
+        self._ranks_below = 1 << 64
+        self._step = -1
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +87,9 @@ class ErrorMemory:
         assert sum(lengths) == len(values_TD) and len(keys) == len(lengths), "keys and lengths are those of the rows"
         values_TD = values_TD.detach().cpu()
         check_finite(values_TD, what)
+        if step > self._step:
+            self._step = step
+            self._forget()
         rows = values_TD.split_with_sizes(list(lengths))
         errors = [self._read(key, row_TD.shape, step) for key, row_TD in zip(keys, rows, strict=True)]
         total_TD = _sum(values_TD, errors, lengths)
@@ -100,13 +112,25 @@ class ErrorMemory:
         old = self._entries.get(key)
         if old is not None and old.visit[0] == entry.visit[0] and old.visit > entry.visit:
             return
+        rank = _rank(key)
+        if rank >= self._ranks_below or entry.nbytes > self._limit:
+            return
+        if old is None:
+            heapq.heappush(self._highest, (-rank, key))
         self._nbytes += entry.nbytes - (0 if old is None else old.nbytes)
         own = _Entry(entry.visit, entry.error_TD.clone(), entry.before_TD)  # a view would keep the whole batch
         self._entries[key] = own
-        self._entries.move_to_end(key)
+
+    def _forget(self) -> None:
         while self._nbytes > self._limit:
-            _, forgotten = self._entries.popitem(last=False)
-            self._nbytes -= forgotten.nbytes
+            rank, key = heapq.heappop(self._highest)
+            self._ranks_below = -rank
+            self._nbytes -= self._entries.pop(key).nbytes
+
+
+def _rank(key: Hashable) -> int:
+    """The same in every process."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
 def _sum(values_TD: Tensor, errors: Sequence[Tensor | None], lengths: Sequence[int]) -> Tensor:

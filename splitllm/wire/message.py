@@ -4,7 +4,7 @@ Tensors hold real tokens only, never padding. Suffixes: T real tokens of a micro
 
 | kind | up | down |
 |---|---|---|
-| join | which steps every role below has in its journal | the step to go on from, the generation that begins |
+| join | which states every role below has in its journal | the state to go on from, the generation that begins |
 | share | the states that others lack | the same states, to those who lack them |
 | open | label counts of every micro-batch | loss weight of every client |
 | forward | hidden_TD, positions_N, and targets_N unless the labels stay | gradient_TD and loss, or rows_ND |

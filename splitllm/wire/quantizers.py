@@ -11,6 +11,8 @@ import math
 import zlib
 from fractions import Fraction
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -19,6 +21,7 @@ from splitllm.errors import PeerError
 
 Part = tuple[torch.dtype, tuple[int, ...]]
 GROUP = 32
+_BLOCK = 1 << 15
 _INT8_SHARE, _INT4_SHARE = 128, 256  # one outlier channel among so many
 _SCALE = torch.finfo(torch.float8_e4m3fn).max
 _BOTH_HALVES = 65280.0  # the largest value that bf16 and fp16 both hold
@@ -98,11 +101,23 @@ def int4_decode(parts: list[Tensor], width: int) -> Tensor:
 def _dither(scale_T: Tensor, shape: torch.Size) -> Tensor:
     """Noise from -1/2 to 1/2 that is a function of the tokens' scales and of the place: 32-bit integers, hashed."""
     seed = zlib.crc32(scale_T.view(torch.uint8).numpy().data)
-    hashed = torch.arange(seed, seed + shape.numel())
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # lowbias32 of github.com/skeeto/hash-prospector
-        hashed = ((hashed ^ hashed >> shift) * factor) & 0xFFFFFFFF
-    hashed ^= hashed >> 16
-    return hashed.float().mul_(2**-32).sub_(0.5).view(shape)
+    noise = np.empty(shape.numel(), dtype=np.float32)
+    for start in range(0, len(noise), _BLOCK):  # in the cache, some 20 times faster than all at once
+        part = noise[start : start + _BLOCK]
+        part[:] = _hashed(np.arange(seed + start, seed + start + len(part), dtype=np.uint64))
+        part *= np.float32(2**-32)
+        part -= np.float32(0.5)
+    return torch.from_numpy(noise).view(shape)
+
+
+def _hashed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+    """lowbias32 of github.com/skeeto/hash-prospector, of numbers of which the first shift sees more than 32 bits."""
+    found = (numbers ^ numbers >> np.uint64(16)).astype(np.uint32)
+    found *= np.uint32(0x7FEB352D)
+    found ^= found >> np.uint32(15)
+    found *= np.uint32(0x846CA68B)
+    found ^= found >> np.uint32(16)
+    return found
 
 
 # topk: the entries of largest magnitude of each token; the others are zero.

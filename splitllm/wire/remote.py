@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+import resource
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from grpc._cython import cygrpc
+from grpc_health.v1 import health_pb2
 
 from splitllm.wire.certificates import Credentials, peer_name
 from splitllm.wire.frames import FRAME_BYTES
@@ -29,8 +34,15 @@ CODES: dict[Reason, grpc.StatusCode] = {
     "internal": grpc.StatusCode.ABORTED,
 }
 REASONS = {code: reason for reason, code in CODES.items()}
+HEALTH = "grpc.health.v1.Health"
 STREAMS_A_CONNECTION = 8
+CALLS_A_NAME = 2  # of each kind: one that nobody has missed yet, and the one that takes its place
+WINDOW_BYTES = 2 << 20
+SILENCE = 12  # keepalives; a ping waits behind a window and a frame, and so does the answer to it
+UNCONFIRMED = 2  # keepalives; TCP's confirmations wait behind nothing
 ENDING_SECONDS = 1.0
+HANDSHAKE_SECONDS = 5.0
+HEALTH_SECONDS = 5.0
 TLS_REFUSALS = {
     "certificate has expired": "its certificate has expired; renew it there with splitllm certs",
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not of the CA that this role trusts",
@@ -52,22 +64,37 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
 
+if not hasattr(cygrpc._AioCall, "send_serialized_message"):  # see `DialledStream.write`
+    raise ImportError(f"grpcio {grpc.__version__} is not one that splitllm works with; install that of constraints.txt")
+
 
 def _options(keepalive: float) -> list[tuple[str, Any]]:
-    """What both sides set; `keepalive` is in seconds."""
+    """What both sides set; `keepalive` is in seconds.
+
+    The window is fixed: left to gRPC, several MiB are under way on a slow link, and a ping waits behind them. Of the
+    two timeouts, TCP gets `keepalive_timeout_ms` as its own (TCP_USER_TIMEOUT: sent bytes, a ping's too, that nobody
+    confirms), so a dead machine or cable is noticed soon; the other is for who confirms them and says nothing.
+    """
     milliseconds = max(1, int(keepalive * 1000))
     return [
         ("grpc.max_send_message_length", FRAME_BYTES),
         ("grpc.max_receive_message_length", FRAME_BYTES),
         ("grpc.keepalive_time_ms", milliseconds),
-        ("grpc.keepalive_timeout_ms", milliseconds),
-        ("grpc.http2.ping_timeout_ms", milliseconds),  # this is what ends a silent connection; else after 60 s
+        ("grpc.keepalive_timeout_ms", UNCONFIRMED * milliseconds),
+        ("grpc.http2.ping_timeout_ms", SILENCE * milliseconds),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", milliseconds // 2),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", milliseconds // 4),
         ("grpc.http2.max_ping_strikes", 0),
     ]
+
+
+def patience(keepalive: float) -> float:
+    """Seconds after which a name is no longer held by a process that is gone, whatever became of its connection."""
+    return max(60.0, (SILENCE + 3) * keepalive)
 
 
 class Dialer:
@@ -77,8 +104,8 @@ class Dialer:
         address: HOST:PORT.
         server: name that its certificate must have.
         credentials: this role's, or None for plain TCP.
-        keepalive: seconds without a sign of life after which the server is asked for one, and again until it is given
-            up.
+        keepalive: seconds without a sign of life after which the server is asked for one. It is given up when nothing
+            confirms the question for `UNCONFIRMED` times as long, or it has not answered for `SILENCE` times as long.
     """
 
     def __init__(self, address: str, server: str, credentials: Credentials | None, keepalive: float) -> None:
@@ -204,7 +231,9 @@ class ServedStream:
 
 
 class Listener:
-    """A gRPC server with one method, and the standard health service beside it.
+    """A gRPC server with one method, and `Check` of the standard health service beside it.
+
+    Who has a certificate may have `CALLS_A_NAME` calls of each open, so that nobody takes the places of the others.
 
     Args:
         address: HOST:PORT to listen on; port 0 takes a free one.
@@ -212,7 +241,7 @@ class Listener:
             that is no role's, None without TLS.
         credentials: of this role, or None for plain TCP.
         keepalive: as that of `Dialer`.
-        streams: how many may be open at once.
+        streams: how many may be open at once, and as many questions for its health.
     """
 
     def __init__(
@@ -220,14 +249,16 @@ class Listener:
     ) -> None:
         self.address, self._serve, self._credentials = address, serve, credentials
         self._open: set[asyncio.Future[None]] = set()
-        self._health = health.aio.HealthServicer()
+        self._calls: Counter[tuple[str, str]] = Counter()
+        self._status = health_pb2.HealthCheckResponse.NOT_SERVING
         self._server = grpc.aio.server(
             options=[
                 *_options(keepalive),
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_concurrent_streams", STREAMS_A_CONNECTION),
+                ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
             ],
-            maximum_concurrent_rpcs=streams,
+            maximum_concurrent_rpcs=2 * streams,
         )
 
     async def start(self) -> int:
@@ -236,21 +267,22 @@ class Listener:
         Raises:
             OSError: the address cannot be listened on.
         """
-        handler = grpc.stream_stream_rpc_method_handler(self._exchange)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        _raise_descriptors()
+        for service, method, talk in ((SERVICE, METHOD, self._exchange), (HEALTH, "Check", self._check)):
+            handlers = {method: grpc.stream_stream_rpc_method_handler(talk)}
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
         try:
             port = self._bind()
         except RuntimeError as error:
             reason = "the address is in use, or is not one of this machine"
             raise OSError(f"cannot listen on {self.address}: {reason}") from error
         await self._server.start()
-        await self._tell(health_pb2.HealthCheckResponse.SERVING)
+        self._status = health_pb2.HealthCheckResponse.SERVING
         return port
 
     async def stop(self, grace: float) -> None:
         """Take no new streams, let those that are open end, and after `grace` seconds end them."""
-        await self._tell(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._status = health_pb2.HealthCheckResponse.NOT_SERVING
         stopping = asyncio.create_task(self._server.stop(grace + ENDING_SECONDS))
         await asyncio.sleep(0)
         if self._open:
@@ -269,21 +301,59 @@ class Listener:
         )
         return int(self._server.add_secure_port(self.address, found))
 
-    async def _tell(self, status: Any) -> None:
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
-
     async def _exchange(self, _frames: Any, context: grpc.aio.ServicerContext) -> None:
-        identity = peer_name(context.auth_context()) or "" if self._credentials is not None else None
-        serving = asyncio.ensure_future(self._serve(ServedStream(context), identity))
-        self._open.add(serving)
-        serving.add_done_callback(self._open.discard)
-        try:
-            await serving
-        except Refused as refused:
-            await context.abort(CODES[refused.reason], str(refused))
-        except (
-            Disconnected,
-            asyncio.CancelledError,
-        ):  # gRPC cancels what serves a lost caller, and would log it
+        identity = self._identity(context)
+        with self._counted(identity, METHOD) as welcome:
+            if not welcome:
+                text = f"{CALLS_A_NAME} calls of {identity} are open already; end one of them, or try again"
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            serving = asyncio.ensure_future(self._serve(ServedStream(context), identity))
+            self._open.add(serving)
+            serving.add_done_callback(self._open.discard)
+            try:
+                await serving
+            except Refused as refused:
+                await context.abort(CODES[refused.reason], str(refused))
+            except (
+                Disconnected,
+                asyncio.CancelledError,
+            ):  # gRPC cancels what serves a lost caller, and would log it
+                return
+
+    async def _check(self, _requests: Any, context: grpc.aio.ServicerContext) -> None:
+        """The health service's `Check`, as a stream of one message: who asks nothing does not hold it."""
+        with self._counted(self._identity(context), HEALTH) as welcome:
+            if not welcome:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many questions at once")
+            try:
+                async with asyncio.timeout(HEALTH_SECONDS):
+                    question = await ServedStream(context).read()
+                    asked = health_pb2.HealthCheckRequest.FromString(question or b"")
+            except (TimeoutError, DecodeError, Disconnected):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no question came")
+            if asked.service not in ("", SERVICE):
+                await context.abort(grpc.StatusCode.NOT_FOUND, f"the services are {SERVICE} and the empty name")
+            await context.write(health_pb2.HealthCheckResponse(status=self._status).SerializeToString())
+
+    def _identity(self, context: grpc.aio.ServicerContext) -> str | None:
+        return peer_name(context.auth_context()) or "" if self._credentials is not None else None
+
+    @contextmanager
+    def _counted(self, identity: str | None, kind: str) -> Iterator[bool]:
+        """Whether one more call of this kind is welcome; without TLS nobody knows whose it is."""
+        if identity is None:
+            yield True
             return
+        self._calls[identity, kind] += 1
+        try:
+            yield self._calls[identity, kind] <= CALLS_A_NAME
+        finally:
+            self._calls[identity, kind] -= 1
+            if not self._calls[identity, kind]:
+                del self._calls[identity, kind]
+
+
+def _raise_descriptors() -> None:
+    """As many files as this process may open: what is left of them strangers' connections cannot take."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +24,6 @@ from splitllm.wire.stream import Disconnected, Refused, Stream, first_error
 
 logger = logging.getLogger(__name__)
 HELLO_SECONDS = 20.0
-MOST_AT_THE_DOOR = 4
 HELLO_LIMITS = Limits(values_bytes=16 << 10, payload_bytes=0)
 TOGETHER = frozenset({"join", "share", "open", "close", "evaluated", "finish"})
 
@@ -149,7 +146,6 @@ class Sessions:
     def __init__(self, reception: Reception, hello_seconds: float = HELLO_SECONDS) -> None:
         self._reception, self._hello_seconds = reception, hello_seconds
         self._incarnation = secrets.token_hex(8)
-        self._at_the_door: Counter[str] = Counter()
         self.by_name: dict[str, Session] = {}
         self.refused: dict[str, int] = {}
 
@@ -179,8 +175,7 @@ class Sessions:
                 session.connection.more.set()
 
     async def _serve(self, stream: Stream, identity: str | None) -> None:
-        with self._waiting_for_hello(identity):
-            session, welcome = await self._enter(stream, identity)
+        session, welcome = await self._enter(stream, identity)
         connection = session.attach()
         try:
             for frame in to_frames(Envelope(FrameType.WELCOME, 0, welcome)):
@@ -198,20 +193,6 @@ class Sessions:
             if session.detach(connection):
                 self._reception.away(session.name)
                 logger.info("disconnected", extra={"fields": {"child": session.name}})
-
-    @contextmanager
-    def _waiting_for_hello(self, identity: str | None) -> Iterator[None]:
-        """Nobody who has a certificate takes the places of the others with connections that say nothing."""
-        door = self._at_the_door
-        if identity is not None and door[identity] >= MOST_AT_THE_DOOR:
-            raise Refused("taken", f"{door[identity]} connections of {identity} have not said hello yet; try again")
-        if identity is not None:
-            door[identity] += 1
-        try:
-            yield
-        finally:
-            if identity is not None:
-                door[identity] -= 1
 
     async def _enter(self, stream: Stream, identity: str | None) -> tuple[Session, dict[str, Any]]:
         """Shake hands."""

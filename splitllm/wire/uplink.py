@@ -56,7 +56,8 @@ class _Pending:
 class RemoteLink:
     """The way up to another process.
 
-    A request has a number. No more are sent than the role above takes at once; the others wait here, gradients first.
+    A request has a number. No more are sent than the role above takes at once, those that were cancelled aside; the
+    others wait here, gradients first.
     When the connection breaks, those without an answer are sent again over the next one, as the same bytes; the other
     side answers a number it has seen from its cache. When the other side itself was restarted, they fail with
     `RejoinError`.
@@ -83,7 +84,7 @@ class RemoteLink:
         coding: Coding,
         limits: Limits,
         *,
-        patience: float = 60.0,
+        patience: float = 150.0,
         on_change: Callable[[str], None] = lambda state: None,
     ) -> None:
         self.traffic = Traffic()
@@ -102,6 +103,11 @@ class RemoteLink:
         self._leaving = False
         self._task = asyncio.create_task(self._keep_connected())
         self._task.add_done_callback(self._ended)
+
+    @property
+    def under_way(self) -> int:
+        """Requests that were sent, and whose answers are waited for."""
+        return len(self._under_way)
 
     async def welcome(self) -> Mapping[str, Any]:
         """What the role above told at the first handshake.
@@ -127,6 +133,7 @@ class RemoteLink:
             return await pending.reply
         finally:
             self._pending.pop(number, None)
+            self._free(number)
             if pending.reply.cancelled() and pending.frames:  # it may never arrive: then neither does what it says
                 self._received += [number, *pending.received]
 
@@ -248,11 +255,15 @@ class RemoteLink:
             if envelope.type is FrameType.ERROR and envelope.number == 0:
                 raise error_of(envelope)
             self._received.append(envelope.number)
-            self._under_way.discard(envelope.number)
-            self._answered.set()
+            self._free(envelope.number)
             self._resolve(envelope)
         if not self._leaving:
             raise Disconnected(f"{self._server} ended the connection")
+
+    def _free(self, number: int) -> None:
+        """Its answer has come, or will not: what is received need not be answered."""
+        self._under_way.discard(number)
+        self._answered.set()
 
     def _resolve(self, envelope: Envelope) -> None:
         pending = self._pending.get(envelope.number)

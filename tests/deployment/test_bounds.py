@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from splitllm.deployment.bounds import MIB, allowed, in_flight, limits, micro_batch_bytes
+from splitllm.deployment.bounds import MIB, allowed, graph_bytes, in_flight, limits, micro_batch_bytes
+from splitllm.model.randomness import MicroBatchId
 from splitllm.model.trainable import Trainable
 from splitllm.recipe import role_names
 from splitllm.wire.codecs import codec, pack
@@ -61,9 +62,29 @@ def test_what_is_under_way_fits_into_the_memory_allowed_or_is_one(memory_mib: in
     plan = plan_of(recipe("gpt2", [2, 4], data=data, train=train, wire={"memory_mib": memory_mib}), corpus(2))
     for server, clients, blocks in (("cloud", 2, 2), ("edge-0", 1, 2)):
         count = in_flight(plan, server)
-        held = clients * micro_batch_bytes(plan) * (2 + blocks)
+        held = clients * (2 * micro_batch_bytes(plan) + graph_bytes(plan, blocks))
         assert 1 <= count <= 16 and (count == 1 or count * held <= memory_mib * MIB)
         assert count == 16 or (count + 1) * held > memory_mib * MIB
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gemma3", "phi3", "olmo2"])
+def test_what_a_graph_holds_is_counted_within_a_factor_of_2(family: str) -> None:
+    train = {"steps": 1, "batch_size": 4}
+    settings = recipe(family, [1, 3], data={"source": "unused", "max_length": 32}, train=train, dtype="float32")
+    tree = Tree(settings, corpus(2, rows=4))
+    worker, width = tree.pasts["edge-0"].worker, tree.plan.config.hidden_size
+    worker.forward(MicroBatchId(0, 0, 0), torch.randn(4 * 32, width), [32] * 4, None, train=True, input_gradient=True)
+    measured = worker.peak()["activations of a micro-batch"]
+    assert measured / 2 < graph_bytes(tree.plan, 2) < 2 * measured
+
+
+def test_where_activations_are_checkpointed_the_graph_of_one_block_is_counted() -> None:
+    plans = [
+        plan_of(recipe("gpt2", [1, 3], train={"steps": 1, "activation_checkpointing": on}), corpus(2))
+        for on in (False, True)
+    ]
+    plain, less = ([graph_bytes(plan, blocks) for blocks in (0, 1, 4)] for plan in plans)
+    assert plain == [0, plain[1], 4 * plain[1]] and less[0] == 0 and plain[1] < less[1] < less[2] < 2 * plain[1]
 
 
 TREES = {
@@ -93,7 +114,10 @@ def test_tiers_with_replicas_send_sums_and_lone_ones_norms(name: str) -> None:
 def test_a_child_speaks_for_all_below_it_and_for_nobody_else() -> None:
     plan = plan_of(wanted("gpt2", [2, 4], "cloud", split={"tiers": {"client": 4, "edge": 2, "cloud": 1}}), corpus(4))
     children = allowed(plan, "cloud").children
-    assert {name: child.clients for name, child in children.items()} == {"edge-0": {0, 1}, "edge-1": {2, 3}}
+    assert {name: dict(child.clients) for name, child in children.items()} == {
+        "edge-0": {0: "client-0", 1: "client-1"},
+        "edge-1": {2: "client-2", 3: "client-3"},
+    }
     assert children["edge-1"].roles == {"edge-1": "edge", "client-2": "client", "client-3": "client"}
     below = allowed(plan, "edge-0").children
     assert {name: child.roles for name, child in below.items()} == {

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from splitllm.deployment.folder import check_use, collect, held, prepare
+from splitllm.deployment.up import up
 from splitllm.errors import CheckpointError, RecipeError
 from splitllm.recipe import Recipe, changed_keys, fingerprint, host_and_port, load_recipe
 from splitllm.wire.certificates import load_credentials
@@ -102,8 +103,14 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RecipeError, match="is a file; name a folder"), held(tmp_path / "file"):
-        raise AssertionError("not reached")
+    with pytest.raises(RecipeError, match="is a file; name a folder"):
+        check_use(load_recipe(QUICKSTART), tmp_path / "file", resume=False)
+
+
+def test_nothing_is_made_where_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no run; start it without --resume"):
+        up(load_recipe(QUICKSTART), tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_the_top_left_is_copied_again_and_again(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_totals_survive_the_journal(station: Station) -> None:
     record = record_of(station)
     past = Past(station, station.journal(), station.worker(), record.values, record.put_back)
     record.stepped(0, sums())
-    past.commit(1)
+    past.commit(1, 7000)
     kept = record.values()
     record.stepped(1, sums())
     past.restore(1)

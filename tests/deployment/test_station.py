@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from splitllm.deployment.station import Options, Past, Station, Stop, check_secure, open_station
-from splitllm.errors import CertificateError, CheckpointError, RecipeError
-from splitllm.recipe import Recipe, load_recipe
+from splitllm.deployment.station import Options, Past, Station, Stop, Told, check_secure, open_station
+from splitllm.errors import CertificateError, CheckpointError, PeerError, RecipeError, RunInterrupted
+from splitllm.recipe import Recipe, load_recipe, start_digest
 from splitllm.wire.certificates import load_credentials
 from splitllm.wire.issuing import issue
 from tests.tiny import write_recipe
@@ -114,22 +115,22 @@ def test_a_server_reads_no_rows_and_a_client_only_its_own(path: Path, tmp_path: 
 def test_a_fresh_role_stands_at_step_0_and_a_killed_one_is_put_back(path: Path, tmp_path: Path) -> None:
     edge, told = station(path, tmp_path / "edge"), {"tokens": 0}
     first = past(edge, values=lambda: told)
-    assert (first.standing().tier, first.standing().steps) == ("edge", (0,))
+    assert (first.standing().tier, first.standing().states) == ("edge", ((0, "new"),))
     shift(first.worker, 1.0)
     told["tokens"] = 7
-    first.commit(1)
+    first.commit(1, 7000)
     kept = {name: tensor.clone() for name, tensor in first.state().items()}
     shift(first.worker, 1.0)
     told["tokens"] = 9
-    first.commit(2)
+    first.commit(2, 7001)
     first.journal.close()
 
     heard: list[Any] = []
     again = past(station(path, tmp_path / "edge"), put_back=heard.append)
-    assert again.standing().steps == (2, 1)
+    assert again.standing().states == ((2, "7001"), (1, "7000"))
     again.restore(1)
     assert heard == [{"tokens": 7}]
-    assert again.standing().steps == (1,)
+    assert again.standing().states == ((1, "7000"),)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in again.state().items())
     assert again.adapter().keys() == again.worker.trainable.parameters.keys()
 
@@ -138,11 +139,11 @@ def test_the_state_of_another_role_is_taken_over_and_kept(path: Path, tmp_path: 
     donor, heir = (past(station(path, tmp_path / name, name)) for name in ("client-0", "client-1"))
     shift(donor.worker, 0.5)
     for step in (1, 2):
-        heir.commit(step)
-    heir.adopt(9, donor.state())
-    assert heir.standing().steps == (9, 2)
-    heir.adopt(1, donor.state())
-    assert heir.standing().steps == (1,)
+        heir.commit(step, 7000)
+    heir.adopt(9, "7009", donor.state())
+    assert heir.standing().states == ((9, "7009"), (2, "7000"))
+    heir.adopt(1, "7008", donor.state())
+    assert heir.standing().states == ((1, "7008"),)
     heir.restore(1)
     assert all(torch.equal(tensor, donor.state()[name]) for name, tensor in heir.state().items())
 
@@ -182,3 +183,41 @@ def test_a_signal_asks_to_stop(number: signal.Signals) -> None:
             return await stop.asked.wait()
 
     assert asyncio.run(run())
+
+
+WELCOME = {"shard": [0, 2], "batch_size": 4, "accumulate": 1, "in_flight": 3}
+
+
+def test_a_welcome_that_says_nothing_of_use_is_one_line() -> None:
+    assert Told.from_welcome({**WELCOME, "name": "edge"}, "edge", 4) == Told((0, 2), 4, 1, 3)
+    wrong = [{**WELCOME, key: junk} for key in WELCOME for junk in (None, 0, -1, "2", [2], [3, 1], [0, 5], [0.0, 2])]
+    for welcome in [{}, *wrong]:
+        with pytest.raises(
+            PeerError, match=r"^edge: its welcome names no blocks of the 4, or no sizes of batches: .*$"
+        ):
+            Told.from_welcome(welcome, "edge", 4)
+
+
+def test_who_is_asked_to_stop_while_it_loads_stops_at_once(path: Path, tmp_path: Path) -> None:
+    edge = station(path, tmp_path / "edge")
+
+    async def run() -> float:
+        stop, started = Stop(), time.perf_counter()
+        busy = asyncio.create_task(edge.device.run(lambda: time.sleep(2.0)))
+        asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGTERM)
+        with pytest.raises(RunInterrupted, match="stopped before it took part; start it again"):
+            await stop.unless_asked(edge.load(None))
+        busy.cancel()
+        return time.perf_counter() - started
+
+    assert asyncio.run(run()) < 1.5
+
+
+def test_another_start_is_another_origin(path: Path, tmp_path: Path) -> None:
+    first = past(station(path, tmp_path / "edge"))
+    digests = []
+    for content in (b"one", b"other"):
+        (tmp_path / "adapter_model.safetensors").write_bytes(content)
+        digests.append(start_digest(recipe_of(path, f"lora.start_from={tmp_path}")))
+    assert len({*digests, "new"}) == 3 and all(len(digest) == 16 for digest in digests)
+    assert first.standing().states == ((0, start_digest(recipe_of(path))),)

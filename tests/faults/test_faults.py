@@ -25,7 +25,7 @@ from tests.faults.deployment import ADAPTER, Deployment, counted, deployed
 from tests.tiny import write_recipe
 
 STEPS = 120
-COMMON = (f"train.steps={STEPS}", "train.eval_every=30", "wire.keepalive=1.0")
+COMMON = (f"train.steps={STEPS}", "train.eval_every=30", "wire.keepalive=0.25")
 TREES = {
     "2-1-1": ("split.tiers={client: 2, edge: 1, cloud: 1}",),
     "4-2-1": ("split.tiers={client: 4, edge: 2, cloud: 1}", "split.labels=cloud"),
@@ -202,7 +202,7 @@ def test_each_kind_of_fault_in_its_moment(reference: Callable[[str], Reference],
         deployment.kill("client-0", "edge", "cloud")
         deployment.start("cloud", "client-0", "edge")
         deployment.until_step(ahead + 40)
-        deployment.relays["cloud"].tell("cut 3")  # longer than both keepalives
+        deployment.relays["cloud"].tell("cut 4")  # longer than both ends stay silent
         deployment.until_step(ahead + 50)
         deployment.pause("client-1")
         time.sleep(3)

@@ -114,9 +114,26 @@ def test_a_state_that_is_shared_passes() -> None:
     for name in state:
         with pytest.raises(PeerError):
             checked.of(message).check(replace(message, tensors={**state, name: torch.zeros(3, 5)}))
-    adapter = next(name for name in state if name.startswith("adapter/"))
-    with pytest.raises(PeerError, match="adapter/"):
-        checked.of(message).check(replace(message, tensors={adapter: torch.zeros(())}))
+        with pytest.raises(PeerError, match="not those of whole tiers below it"):
+            checked.of(message).check(replace(message, tensors={n: t for n, t in state.items() if n != name}))
+    adapter = {name: tensor for name, tensor in state.items() if name.startswith("adapter/")}
+    for whole in ({}, adapter):  # nothing to give, or no step done yet
+        checked.of(message).check(replace(message, tensors=whole))
+    others = [*tree.pasts["edge-0"].state(), f"anything/{next(iter(adapter)).removeprefix('adapter/')}"]
+    for name in others:
+        with pytest.raises(PeerError, match="not those of whole tiers below it"):
+            checked.of(message).check(replace(message, tensors={**state, name: torch.zeros(())}))
+
+
+def test_of_an_edge_both_tiers_pass_and_that_above_it_does_not() -> None:
+    tree = Tree(wanted("gpt2", [2, 4], "client"), corpus(2, rows=6))
+    checked = Checked(tree.recipe, tree.corpus)
+    client, edge, cloud = (tree.pasts[name].state() for name in ("client-0", "edge-0", "cloud"))
+    message = Message("share", "edge-0", (0, 0, 0), {})
+    for states in (client, edge, client | edge):
+        checked.of(message).check(replace(message, tensors=states))
+    with pytest.raises(PeerError, match="not those of whole tiers below it"):
+        checked.of(message).check(replace(message, tensors=client | cloud))
 
 
 @pytest.mark.parametrize("what", [None, 3, "", "x" * 301, "two\nlines", "\x1b[31m", ["nan"]])
@@ -244,8 +261,7 @@ def test_every_corrupt_tensor_is_refused(labels: str) -> None:
                 wrong.pop()
             for other in wrong:
                 assert verdict(checked, replace(message, tensors={**rest, name: other})), (message.kind, name)
-            if message.kind != "finish":
-                assert verdict(checked, replace(message, tensors=rest)), (message.kind, name)
+            assert verdict(checked, replace(message, tensors=rest)), (message.kind, name)
         assert verdict(checked, replace(message, tensors={**message.tensors, "x\n": torch.zeros(2)})), message.kind
 
 

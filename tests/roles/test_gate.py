@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from random import Random
 from typing import Any
@@ -121,6 +123,75 @@ def test_whoever_is_left_out_whenever_the_replicas_end_alike(seed: int) -> None:
     assert all(len(past.kept) <= KEPT for past in done)
 
 
+def test_a_step_that_is_run_again_without_a_client_is_not_the_one_that_it_kept() -> None:
+    """The cloud and client-0 commit a step, client-1 does not; client-0 is away while it is run again, and returns."""
+    two = recipe("gpt2", [2], split={"tiers": {"client": 2, "cloud": 1}}, train={"steps": 12, "batch_size": 1})
+    found = Tree(two, corpus(2, rows=6), patience=PATIENCE)
+    kept = {name: past.kept for name, past in found.pasts.items()}
+
+    async def until(done: Callable[[], bool]) -> None:
+        while not done():
+            assert found.ticks < 60_000, found.stuck()
+            found.tick()
+            found._raise_failures()
+            kept.update({name: past.kept for name, past in found.pasts.items()})
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        for name in found.names:
+            found.start(name)
+        await until(lambda: 3 <= max(kept["client-0"]) == max(kept["cloud"]) > max(kept["client-1"]))
+        step = max(kept["cloud"])
+        found.kill("client-0")
+        found.kill("client-1")
+        found.start("client-1")
+        await until(lambda: max(kept["client-1"]) == step)
+        assert not same(kept["client-0"][step], kept["client-1"][step])
+        found.start("client-0")
+        await until(found.complete)
+
+    with asyncio.Runner(loop_factory=TickLoop) as runner:
+        runner.run(run())
+    assert set(kept["client-0"]) == set(kept["client-1"]) == {11, 12}
+    assert all(same(kept["client-0"][step], kept["client-1"][step]) for step in (11, 12))
+
+
+def joining(name: str, *below: str) -> Message:
+    roles = {role: [role.split("-")[0], [[0, "new"]]] for role in (name, *below)}
+    return Message("join", name, (0, 0, 0), {"standings": roles})
+
+
+@pytest.mark.parametrize("patience", [None, PATIENCE])
+def test_whoever_is_connected_may_take_its_time_and_patience_counts_from_when_it_left(patience: float | None) -> None:
+    found = tree(patience=patience)
+
+    async def wait(seconds: float) -> None:
+        for _ in range(int(seconds * 100)):
+            found.tick()
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        found.start("cloud")
+        gate = found.running["cloud"].gate
+        assert gate is not None
+        gate.back("edge-0")
+        gate.back("edge-1")
+        found.running["cloud"].spawn(gate.handle(joining("edge-0", "client-0")))
+        await wait(10 * PATIENCE)
+        assert gate.members == []
+        gate.left("edge-1")  # as if its run were complete, which is not
+        gate.away("edge-1")
+        await wait(1.5 * PATIENCE)  # the cloud has twice the patience of an edge
+        assert gate.members == []
+        gate.back("edge-1")  # whoever comes and goes is not waited for longer
+        await wait(PATIENCE)
+        assert gate.members == ([] if patience is None else ["edge-0"])
+        found.kill("cloud")
+
+    with asyncio.Runner(loop_factory=TickLoop) as runner:
+        runner.run(run())
+
+
 def test_one_that_returns_when_the_run_is_complete_does_not_run_it_again() -> None:
     found = tree(patience=PATIENCE, steps=2)
     with pytest.raises(PeerError, match="the run is complete without client-2, cloud, edge-1"):
@@ -163,6 +234,63 @@ def test_norms_that_are_not_finite_travel_and_end_the_run(labels: str, tiers: di
 
 def test_where_no_step_is_left_everybody_learns_why() -> None:
     hopeless = tree()
-    hopeless.pasts["cloud"].kept = {7: hopeless.pasts["cloud"].kept[0]}
+    hopeless.pasts["cloud"].kept, hopeless.pasts["cloud"].origins = {7: hopeless.pasts["cloud"].kept[0]}, {7: "7000"}
     with pytest.raises(CheckpointError, match=r"there is no step whose state every tier still has .*cloud: \[7\]"):
         finish(hopeless)
+
+
+# What is due of whom
+
+
+def of_a_generation(messages: list[Message], standings: dict[str, list[str]], kept: dict[str, Any]) -> list[str]:
+    """Begin a generation at the cloud with edges that stand for these roles; why each message is refused."""
+    found, refusals = tree(), list[str]()
+
+    async def run() -> None:
+        found.start("cloud")
+        process = found.running["cloud"]
+        gate = process.gate
+        assert gate is not None
+        joins = [joining(name, *below) for name, below in standings.items()]
+        for name, states in kept.items():
+            for join in joins:
+                if name in join.header["standings"]:
+                    join.header["standings"][name][1] = states
+        replies = await asyncio.gather(*(gate.handle(join) for join in joins))
+        for message in messages:
+            with pytest.raises(PeerError) as error:
+                await gate.handle(replace(message, generation=replies[0].header["generation"]))
+            refusals.append(str(error.value))
+        found.kill("cloud")
+
+    with asyncio.Runner(loop_factory=TickLoop) as runner:
+        runner.run(run())
+    return refusals
+
+
+BOTH = {"edge-0": ["client-0", "client-1"], "edge-1": ["client-2"]}
+
+
+def test_label_counts_and_losses_are_those_of_the_clients_that_take_part() -> None:
+    messages = [
+        Message("open", "edge-0", (0, 0, 0), {"labels": {"0": [3], "1": [3]}}),
+        Message("close", "edge-0", (0, 0, 0), {"losses": {}}),
+        Message("evaluated", "edge-1", (0, 0, 0), {"losses": {"3": [1.0, 2, 3]}}),
+    ]
+    assert of_a_generation(messages, {**BOTH, "edge-0": ["client-0"]}, {}) == [
+        "edge-0 sent open with labels of clients [0, 1], where [0] take part",
+        "edge-0 sent close with losses of clients [], where [0] take part",
+        "edge-1 sent evaluated with losses of clients [3], where [2] take part",
+    ]
+
+
+def test_states_come_from_the_donor_alone_and_are_whole() -> None:
+    donor = {f"adapter/{name}": tensor for name, tensor in tree().pasts["client-0"].adapter().items()}
+    messages = [
+        Message("share", "edge-0", (0, 0, 0)),
+        Message("share", "edge-1", (0, 0, 0), {}, donor),
+    ]
+    assert of_a_generation(messages, BOTH, {"client-1": [[5, "6999"]]}) == [
+        f"edge-0 sent share with the states of 0 adapter tensors, where those of {len(donor)} are due",
+        f"edge-1 sent share with the states of {len(donor)} adapter tensors, where those of 0 are due",
+    ]

@@ -166,9 +166,9 @@ def test_what_was_under_way_is_forgotten_when_a_generation_begins(wire: Wire) ->
 def test_a_step_is_observed_before_it_is_committed_and_committed_before_anybody_is_told() -> None:
     several, events = roles([2]), list[str]()
     server = several.links["client"][0]._handler.__self__  # type: ignore[attr-defined]
-    server.commit = lambda steps: events.append(f"cloud {steps}")
+    server.commit = lambda steps, generation: events.append(f"cloud {steps}")
     server.top = replace(server.top, observe=lambda step, sums: events.append(f"observed {step} {sorted(sums.losses)}"))
     for client in several.clients:
-        client.commit = lambda steps, name=client.name: events.append(f"{name} {steps}")  # type: ignore[misc]
+        client.commit = lambda steps, generation, name=client.name: events.append(f"{name} {steps}")  # type: ignore[misc]
     one_step(several)
     assert events[:2] == ["observed 0 [0, 1]", "cloud 1"] and sorted(events[2:]) == ["client-0 1", "client-1 1"]

@@ -14,16 +14,19 @@ import torch
 
 from splitllm.data.batching import BatchStream, eval_batches
 from splitllm.data.corpus import Corpus
+from splitllm.deployment.bounds import allowed
 from splitllm.deployment.client import Member
 from splitllm.errors import RejoinError
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import matched_modules
-from splitllm.preflight import tier_bounds
+from splitllm.preflight import Plan, tier_bounds
 from splitllm.recipe import Recipe, children_of, parent_of, role_names, tier_of
 from splitllm.roles.assembly import Assembly, schedule_of
+from splitllm.roles.checks import Allowed
 from splitllm.roles.client import Client
 from splitllm.roles.device import Inline
-from splitllm.roles.gate import Gate, Summit
+from splitllm.roles.gate import Gate
+from splitllm.roles.generation import Summit
 from splitllm.roles.recovery import Standing
 from splitllm.roles.server import Server, StepSums
 from splitllm.roles.together import Tensors
@@ -52,24 +55,29 @@ class Past:
     def __init__(self, tier: str, worker: Worker) -> None:
         self.tier, self.worker = tier, worker
         self.kept: dict[int, Tensors] = {}
-        self.commit(0)
+        self.origins: dict[int, str] = {}
+        self._keep(0, "new")
 
     def standing(self) -> Standing:
-        return Standing(self.tier, tuple(sorted(self.kept, reverse=True)))
+        return Standing(self.tier, tuple((step, self.origins[step]) for step in sorted(self.kept, reverse=True)))
 
-    def commit(self, step: int) -> None:
+    def commit(self, step: int, generation: int) -> None:
+        self._keep(step, str(generation))
+
+    def _keep(self, step: int, origin: str) -> None:
         assert step in self.kept or step > max(self.kept, default=-1), (step, set(self.kept))
         self.kept[step] = {name: tensor.clone() for name, tensor in self.state().items()}
         self.kept = {kept: self.kept[kept] for kept in sorted(self.kept)[-KEPT:]}
+        self.origins[step] = origin
 
     def restore(self, step: int) -> None:
         self.worker.trainable.load(self.kept[step])
         self.kept = {kept: tensors for kept, tensors in self.kept.items() if kept <= step}
 
-    def adopt(self, step: int, tensors: Mapping[str, Any]) -> None:
+    def adopt(self, step: int, origin: str, tensors: Mapping[str, Any]) -> None:
         self.worker.trainable.load(tensors)
         self.kept = {kept: tensors for kept, tensors in self.kept.items() if kept <= step}
-        self.commit(step)
+        self._keep(step, origin)
 
     def state(self) -> Tensors:
         return self.worker.trainable.state()
@@ -160,6 +168,8 @@ class Tree:
         self.recipe, self.corpus, self.patience = recipe, corpus, patience
         base = Checkpoint(recipe.model.base)
         modules = matched_modules(base.config, recipe.lora.targets)
+        self.plan = Plan(recipe, base.config, corpus, tuple(modules), True)
+        self.allowed: dict[str, Allowed] = {}
         self.schedule = schedule_of(recipe.train.schedule, recipe.train.steps)
         self.assembly = Assembly(
             recipe, corpus, base, modules, tier_bounds(recipe, base.config.num_hidden_layers), self.schedule
@@ -240,7 +250,9 @@ class Tree:
         self.generations += 1000
         summit = Summit(self._begin, self._evaluated, self._finish, self.generations) if parent is None else None
         patience = None if self.patience is None else self.patience * tier
-        process.gate = Gate(server, past, children, summit=summit, patience=patience)
+        if name not in self.allowed:
+            self.allowed[name] = allowed(self.plan, name)
+        process.gate = Gate(server, past, self.allowed[name], summit=summit, patience=patience)
         if parent is not None:
             process.spawn(self._leave(process))
 

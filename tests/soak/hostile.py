@@ -82,10 +82,10 @@ class Attack:
             for number in range(workers):
                 group.create_task(self._work(Random(f"{self.seed}-{number}"), frames))
 
-    async def join_and_misbehave(self, seed: int, steps: list[int]) -> None:
-        """Take part, as a process that kept the state after `steps`, and then break the protocol."""
+    async def join_and_misbehave(self, seed: int, states: list[tuple[int, str]]) -> None:
+        """Take part, as a process that kept these states, and then break the protocol."""
         rng = Random(f"{self.seed}-joins-{seed}")
-        values = {"header": {"standings": {NAME: ["client", steps]}}, "generation": 0, "received": []}
+        values = {"header": {"standings": {NAME: ["client", states]}}, "generation": 0, "received": []}
         join = changed(self._frames["join"], 1, **values)
         async with self._own, self._channel(NAME) as channel, asyncio.timeout(PATIENCE):
             self.joining = True
@@ -93,9 +93,9 @@ class Attack:
                 async with self._stream(channel, NAME) as stream:
                     try:
                         reply = await self._joined(stream, join)
-                    except Refused as refused:
-                        if refused.reason != "taken":  # its stream before this one may not be quite gone
-                            raise
+                    except (Refused, Disconnected) as end:
+                        if isinstance(end, Refused) and end.reason != "taken":
+                            raise  # those before it may not be quite gone
                         reply = None
                     if reply is None:
                         await asyncio.sleep(0.05)

@@ -107,7 +107,7 @@ class Client:
         folder = Path(load.config["recorded"]) / name
         self._recorded = {path.stem: path.read_bytes() for path in folder.glob("*.bin")}
         self._number, self._received, self._generation = 0, list[int](), 0
-        self._kept = [0]
+        self._kept: list[list[Any]] = [[0, "new"]]
         self._traffic = load.traffic.setdefault(name, [0, 0])
         self._told = [0, 0]
 
@@ -138,6 +138,7 @@ class Client:
         self._generation, step = int(begun["generation"]), int(begun["step"])
         self._load.joins[self.name] += 1
         assert self.name not in begun["lacking"] and self.name not in begun["donors"].values(), begun
+        self._kept = [kept for kept in self._kept if kept[0] <= step]
         if begun["lacking"]:
             await self._ask("share", (0, 0, 0), header={})
         if step == 0 and not begun["evaluated"]:
@@ -145,7 +146,7 @@ class Client:
         while self._load.may_open(step):
             await self._step(step)
             step += 1
-            self._kept = [step, step - 1]
+            self._kept = [[step, str(self._generation)], self._kept[0]]
             self._load.steps[self.name] += 1
 
     async def _evaluate(self) -> None:

@@ -83,8 +83,9 @@ async def join_now_and_then(roles: Roles, attack: Attack, frames: int, joins: in
             await asyncio.sleep(0.05)
         recent = roles.step()
         kept = rng.choice(([0], [recent], [max(0, recent - 1), recent, recent + 1]))
-        steps = [min(step, roles.recipe.train.steps) for step in kept]
-        await attack.join_and_misbehave(number, steps)
+        generation = [event["generation"] for event in roles.events("client-0") if event["event"] == "joined"][-1]
+        states = [(min(step, roles.recipe.train.steps), str(generation) if step else "new") for step in kept]
+        await attack.join_and_misbehave(number, states)
         assert await attack.healthy()
 
 

@@ -127,12 +127,15 @@ async def linked(
         yield link
     finally:
         await link.close(goodbye=goodbye)
+    await asyncio.sleep(0)  # whoever still waited is told
+    await asyncio.sleep(0)
+    assert link.under_way == 0 and not link._pending, "every request has given its place back"
 
 
 @asynccontextmanager
-async def relayed(port: int) -> AsyncIterator[Relay]:
-    """A relay before the server, in this process."""
-    relay = Relay(("127.0.0.1", 0), ("127.0.0.1", port), 0.0, None)
+async def relayed(port: int, rate: float | None = None) -> AsyncIterator[Relay]:
+    """A relay before the server, in this process, of so many bytes/s each way."""
+    relay = Relay(("127.0.0.1", 0), ("127.0.0.1", port), 0.0, rate)
     await relay.start()
     try:
         yield relay

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import zlib
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from splitllm.errors import DivergedError, PeerError
+from splitllm.wire import quantizers
 from splitllm.wire.codecs import CODECS, DTYPES, Packed, codec, pack, unpack
 
 NAMES = [*CODECS, "topk:0.05", "topk:0.5", "topk:1"]
@@ -252,3 +255,26 @@ def test_what_int4_loses_is_independent_of_the_values() -> None:
     assert lost_TD.abs().max() < 0.51  # half a step
     assert lost_TD.mean().abs() < 0.01
     assert (lost_TD.std() - 12**-0.5).abs() < 0.01
+
+
+def noise_of(x: int) -> int:
+    """As docs/wire.md has it, in integers of any size."""
+    x = ((x ^ x >> 16) * 0x7FEB352D) % 2**32
+    x = ((x ^ x >> 15) * 0x846CA68B) % 2**32
+    return x ^ x >> 16
+
+
+@given(st.integers(0, 2**32 - 1) | st.integers(2**32 - 50, 2**33), st.integers(1, 60))
+def test_the_dither_is_the_documented_hash_of_numbers_beyond_32_bits_too(first: int, count: int) -> None:
+    found = quantizers._hashed(np.arange(first, first + count, dtype=np.uint64))
+    assert found.tolist() == [noise_of(x) for x in range(first, first + count)]
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_dither_of_a_tensor_is_that_of_its_places(tokens: int) -> None:
+    """Over several blocks of the arithmetic."""
+    scale_T = values_of(1, tokens)[0].bfloat16()
+    noise_TGC = quantizers._dither(scale_T, torch.Size((tokens, 40, 32)))
+    seed = zlib.crc32(scale_T.view(torch.uint8).numpy().tobytes())
+    numbers = torch.tensor([noise_of(seed + place) for place in range(noise_TGC.numel())])
+    assert torch.equal(noise_TGC.flatten(), numbers.float() * 2**-32 - 0.5)

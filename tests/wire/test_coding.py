@@ -62,8 +62,10 @@ def test_adapters_and_sums_of_gradients_are_never_coded(kind: Any) -> None:
         assert torch.equal(unpack_all(packed)["model.q_proj.lora_A.weight"], tensors["model.q_proj.lora_A.weight"])
 
 
-def hidden(coding: Coding, message: Message) -> bytes:
-    return coding.pack_request(message)["hidden_TD"].blob.numpy().tobytes()
+def gradient(coding: Coding, request: Message) -> bytes:
+    """A reply whose gradient is what the request carries."""
+    answer = reply(request, gradient_TD=request.tensors["hidden_TD"])
+    return coding.pack_reply(request, answer)["gradient_TD"].blob.numpy().tobytes()
 
 
 def plain(tensor: torch.Tensor, codec: str = "int4") -> bytes:
@@ -71,24 +73,33 @@ def plain(tensor: torch.Tensor, codec: str = "int4") -> bytes:
 
 
 def test_training_carries_the_error_of_a_row_on_and_a_step_run_again_does_not() -> None:
-    coding = Coding("int4")
-    sent = [hidden(coding, forward(step)) for step in (0, 1, 1, 2)]
+    coding = Coding("none", "int4")
+    sent = [gradient(coding, forward(step)) for step in (0, 1, 1, 2)]
     assert sent[0] == plain(forward().tensors["hidden_TD"])
     assert sent[1] == sent[2] and len(set(sent)) == 3
 
 
+def test_activations_carry_nothing_on() -> None:
+    coding = Coding("int4", "int4")
+    for step in range(3):
+        request = forward(step)
+        down = coding.pack_reply(request, reply(request, rows_ND=request.tensors["hidden_TD"]))
+        for packed in (coding.pack_request(request)["hidden_TD"], down["rows_ND"]):
+            assert packed.blob.numpy().tobytes() == plain(request.tensors["hidden_TD"])
+
+
 def test_rows_of_another_client_have_errors_of_their_own() -> None:
-    coding = Coding("int4")
-    hidden(coding, forward(0, client=1))
-    assert hidden(coding, forward(1, client=2)) == plain(forward().tensors["hidden_TD"])
+    coding = Coding("none", "int4")
+    gradient(coding, forward(0, client=1))
+    assert gradient(coding, forward(1, client=2)) == plain(forward().tensors["hidden_TD"])
 
 
 def test_without_rows_the_codec_works_without_feedback() -> None:
-    coding = Coding("int4")
+    coding = Coding("none", "int4")
     for step in range(3):
         request = forward(step)
         request = replace(request, header={key: value for key, value in request.header.items() if key != "rows"})
-        assert hidden(coding, request) == plain(request.tensors["hidden_TD"])
+        assert gradient(coding, request) == plain(request.tensors["hidden_TD"])
 
 
 def test_an_evaluation_travels_as_it_is() -> None:
@@ -101,16 +112,16 @@ def test_an_evaluation_travels_as_it_is() -> None:
 def test_an_evaluation_between_two_steps_changes_nothing() -> None:
     with_one, without = Coding("int4", "int4"), Coding("int4", "int4")
     for coding in (with_one, without):
-        hidden(coding, forward(0))
+        gradient(coding, forward(0))
     evaluation = forward(-1, train=False)
-    hidden(with_one, evaluation)
+    gradient(with_one, evaluation)
     with_one.pack_reply(evaluation, reply(evaluation, rows_ND=random(3, WIDTH)))
-    assert hidden(with_one, forward(1)) == hidden(without, forward(1))
+    assert gradient(with_one, forward(1)) == gradient(without, forward(1))
 
 
 def test_a_codec_that_loses_little_carries_nothing_on() -> None:
-    coding = Coding("int8")
-    assert hidden(coding, forward(0)) == hidden(coding, forward(1))
+    coding = Coding("none", "int8")
+    assert gradient(coding, forward(0)) == gradient(coding, forward(1))
 
 
 def test_gradients_of_labelled_positions_belong_to_the_rows_of_their_forward() -> None:
@@ -145,20 +156,20 @@ def test_the_answering_end_knows_the_rows_from_the_request_until_the_backward_is
 
 
 def test_micro_batches_that_never_went_backward_are_forgotten_with_their_step() -> None:
-    coding = Coding("int4")
+    coding = Coding("none", "int4")
     for step in range(5):
         for index in range(3):
-            hidden(coding, forward(step, index=index))
+            gradient(coding, forward(step, index=index))
         assert {micro_batch[0] for micro_batch in coding._rows} == {step} and len(coding._rows) == 3
 
 
 def test_a_row_twice_in_a_step_leaves_the_same_error_whichever_micro_batch_is_first() -> None:
-    one, other = Coding("int4"), Coding("int4")
+    one, other = Coding("none", "int4"), Coding("none", "int4")
     batches = [carrying(random(5, WIDTH, seed=index), index=index) for index in range(2)]
     for coding, order in ((one, batches), (other, batches[::-1])):
         for batch in order:
-            hidden(coding, batch)
-    assert hidden(one, forward(1)) == hidden(other, forward(1))
+            gradient(coding, batch)
+    assert gradient(one, forward(1)) == gradient(other, forward(1))
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitllm.errors import DivergedError
@@ -104,28 +105,85 @@ def test_the_error_of_a_row_of_another_shape_counts_as_zero() -> None:
 
 
 @given(st.integers(0, 8000), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6)), max_size=30))
-def test_memory_stays_below_its_limit(limit: int, visits: list[tuple[int, int]]) -> None:
+def test_memory_is_below_its_limit_when_a_step_begins(limit: int, visits: list[tuple[int, int]]) -> None:
     memory = ErrorMemory(limit)
     for step, (key, length) in enumerate(visits):
         memory.encode("int4", rows_of([30, length]), ["large", key], [30, length], step)
         held = list(memory._entries.values())
-        assert memory.nbytes == sum(entry.nbytes for entry in held) <= limit
+        assert memory.nbytes == sum(entry.nbytes for entry in held) <= limit + sum(map(bytes_of, (30, length)))
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for e in held for t in tensors(e)}
-        assert sum(storages.values()) <= limit
+        assert sum(storages.values()) <= memory.nbytes
+        memory.encode("int4", rows_of([0]), ["empty"], [0], step + 1)
+        assert memory.nbytes <= limit + bytes_of(0) and len(memory._highest) == len(memory._entries)
 
 
 def tensors(entry: object) -> list[torch.Tensor]:
     return [value for value in vars(entry).values() if isinstance(value, torch.Tensor)]
 
 
-def test_the_least_recently_sent_row_is_forgotten_first() -> None:
-    values, one = rows_of([2]), 1024 + 2 * 24 * 2
-    memory = ErrorMemory(2 * one)
-    for step, key in enumerate(["a", "b", "c"]):
-        memory.encode("int4", values, [key], [2], step)
-    plain = pack(values, "int4").blob
-    assert torch.equal(memory.encode("int4", values, ["a"], [2], 3).blob, plain)
-    assert not torch.equal(memory.encode("int4", values, ["c"], [2], 4).blob, plain)
+def bytes_of(length: int, width: int = 24) -> int:
+    """That a row takes in memory."""
+    return 1024 + 2 * 2 * length * width
+
+
+def epochs(memory: ErrorMemory, seed: int, rows: int, count: int = 3) -> list[float]:
+    """Send every row once an epoch, in another order each; what share met its error, by epoch after the first."""
+    chance, shares = random.Random(seed), []
+    for epoch in range(count):
+        order, met = chance.sample(range(rows), rows), 0
+        for step, row in enumerate(order, epoch * rows):
+            met += memory._read(row, torch.Size((1, 24)), step) is not None
+            memory.encode("topk:0.25", rows_of([1]), [row], [1], step)
+        shares.append(met / rows)
+    return shares[1:]
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10**6), st.sampled_from([0.1, 0.25, 0.5, 0.9, 1.0]))
+def test_the_share_of_rows_that_meet_their_error_is_that_of_the_memory(seed: int, share: float) -> None:
+    rows = 100
+    for found in epochs(ErrorMemory(int(share * rows) * bytes_of(1)), seed, rows):
+        assert share - 0.02 <= found <= share
+
+
+@settings(max_examples=40)
+@given(st.lists(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), max_size=6), max_size=6), st.data())
+def test_what_is_kept_does_not_depend_on_the_order_of_a_steps_micro_batches(
+    steps: list[list[tuple[int, int]]], data: st.DataObject
+) -> None:
+    """Rows of the same key have the same length, as rows of the data have."""
+    one, other = ErrorMemory(5 * bytes_of(2)), ErrorMemory(5 * bytes_of(2))
+    for step, visits in enumerate(steps):
+        lengths = [key % 4 for key, _ in visits]
+        order = data.draw(st.permutations(range(len(visits))))
+        sent: list[dict[int, bytes]] = []
+        for memory, indices in ((one, range(len(visits))), (other, order)):
+            packed = {
+                index: memory.encode(
+                    "int4",
+                    rows_of([lengths[index]], seed=index),
+                    [visits[index][0]],
+                    [lengths[index]],
+                    step,
+                    index=index,
+                )
+                for index in indices
+            }
+            sent.append({index: one_of_them.blob.numpy().tobytes() for index, one_of_them in packed.items()})
+        assert sent[0] == sent[1]
+    one._forget()
+    other._forget()
+    assert one._entries.keys() == other._entries.keys() and one.nbytes == other.nbytes
+
+
+def test_a_row_that_was_forgotten_is_never_kept_again() -> None:
+    memory, values = ErrorMemory(3 * bytes_of(1)), rows_of([1])
+    kept = []
+    for step in range(30):
+        memory.encode("int4", values, [step % 10], [1], step)
+        if step >= 10:
+            kept.append(set(memory._entries))
+    assert all(keys == kept[0] for keys in kept) and len(kept[0]) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -21,8 +21,7 @@ from splitllm.wire.certificates import Credentials, load_credentials
 from splitllm.wire.frames import Envelope, FrameType, to_frames
 from splitllm.wire.issuing import issue
 from splitllm.wire.message import Message
-from splitllm.wire.remote import Dialer
-from splitllm.wire.sessions import MOST_AT_THE_DOOR
+from splitllm.wire.remote import CALLS_A_NAME, METHOD, Dialer
 from splitllm.wire.signing import Authority, certificate_pem, key_pem, new_key, sign_role
 from splitllm.wire.stream import Disconnected, Refused
 from splitllm.wire.uplink import RemoteLink
@@ -181,23 +180,25 @@ def test_silence_instead_of_a_hello(caplog: pytest.LogCaptureFixture) -> None:
     run(test)
 
 
-def test_connections_without_a_hello_leave_the_others_their_places(
+def test_calls_of_one_certificate_leave_the_others_their_places(
     caplog: pytest.LogCaptureFixture, certificates: Mapping[str, Credentials]
 ) -> None:
     async def test() -> None:
-        async with beside_a_healthy_client(caplog, certificates["cloud"], certificates["client-1"], logged=5) as server:  # noqa: SIM117
+        async with beside_a_healthy_client(caplog, certificates["cloud"], certificates["client-1"], logged=2) as server:
             async with AsyncExitStack() as stack:
                 dial = dialer(server.port, certificates["client-0"]).dial
-                silent = [await stack.enter_async_context(dial()) for _ in range(MOST_AT_THE_DOOR)]
-                await until(lambda: server.sessions._at_the_door["client-0"] == MOST_AT_THE_DOOR)
-                async with dial() as stream:
-                    text = "4 connections of client-0 have not said hello yet; try again"
-                    assert await raises(stream.read(), Refused) == text
+                silent = [await stack.enter_async_context(dial()) for _ in range(CALLS_A_NAME)]
+                await until(lambda: server.listener._calls["client-0", METHOD] == CALLS_A_NAME)
+                for _ in range(3):
+                    async with dial() as stream:
+                        text = "2 calls of client-0 are open already; end one of them, or try again"
+                        assert (await raises(stream.read(), Disconnected)).endswith(text)
                 async with linked(server.port, "edge", certificates["edge"]) as link:
                     link._hello["name"] = "client-2"
                     assert (await turned_away(link))[0] == "identity", "another is heard"
                 await silent[0].write(WHOLE_HELLO)
                 assert await silent[0].read() is not None, "and so is one of the silent, if it speaks"
+            await until(lambda: server.listener._calls.total() == 1)
 
     run(test)
 

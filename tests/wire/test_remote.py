@@ -3,38 +3,96 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
+import socket
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from splitllm.wire import remote
+from splitllm.wire.certificates import load_credentials
 from splitllm.wire.frames import FRAME_BYTES
+from splitllm.wire.issuing import issue
+from splitllm.wire.message import Message
 from splitllm.wire.remote import Dialer, Listener
 from splitllm.wire.stream import Disconnected, Refused, Stream
 from tests.wire.serving import dialer, linked, raises, relayed, run, served, until
 
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
-async def health(port: int, service: str = "") -> int:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        return int((await stub.Check(health_pb2.HealthCheckRequest(service=service))).status)
+
+async def health(channel: grpc.aio.Channel, service: str = "") -> int:
+    found = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+    return int(found.status)
+
+
+def channel_to(port: int) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)])
 
 
 def test_health_says_serving_and_while_it_stops_not_serving() -> None:
-    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    async def test() -> None:
+        async with served() as server, channel_to(server.port) as channel:
+            assert [await health(channel), await health(channel, "splitllm.Wire")] == [SERVING, SERVING]
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await health(channel, "other")
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+            asking = channel.stream_stream("/grpc.health.v1.Health/Check")()
+            await asking.wait_for_connection()
+            await asyncio.sleep(0.1)
+            async with linked(server.port) as link:
+                await link.welcome()
+                stopping = asyncio.create_task(server.listener.stop(0.3))
+                await asyncio.sleep(0.05)
+                await asking.write(health_pb2.HealthCheckRequest().SerializeToString())
+                assert health_pb2.HealthCheckResponse.FromString(await asking.read()).status == NOT_SERVING
+                await stopping
+
+    run(test)
+
+
+def test_questions_for_health_hold_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "HEALTH_SECONDS", 0.2)
+
+    async def ends(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> grpc.StatusCode:
+        async with asyncio.timeout(5):
+            return await call.code()
 
     async def test() -> None:
-        async with served() as server:
-            assert [await health(server.port), await health(server.port, "splitllm.Wire")] == [serving, serving]
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-                watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-                assert (await watch.read()).status == serving
-                async with linked(server.port) as link:
-                    await link.welcome()
-                    stopping = asyncio.create_task(server.listener.stop(0.3))
-                    assert (await watch.read()).status == not_serving
-                    await stopping
+        async with served() as server, channel_to(server.port) as channel:
+            watching = channel.stream_stream("/grpc.health.v1.Health/Watch")()
+            assert await ends(watching) is grpc.StatusCode.UNIMPLEMENTED
+            for told in (None, b"\xff\xff"):
+                asking = channel.stream_stream("/grpc.health.v1.Health/Check")()
+                if told is not None:
+                    await asking.write(told)
+                assert await ends(asking) is grpc.StatusCode.INVALID_ARGUMENT
+
+    run(test)
+
+
+def test_one_certificate_asks_for_health_as_often_as_it_likes_but_not_at_once(tmp_path: Path) -> None:
+    issue(tmp_path, ["cloud", "client-0"])
+    cloud, client = (load_credentials(tmp_path, name) for name in ("cloud", "client-0"))
+    secure = grpc.ssl_channel_credentials(client.authority, client.key, client.certificate)
+
+    async def test() -> None:
+        async with served(credentials=cloud) as server:
+            options = [("grpc.ssl_target_name_override", "cloud")]
+            async with grpc.aio.secure_channel(f"127.0.0.1:{server.port}", secure, options=options) as channel:
+                for _ in range(3 * remote.CALLS_A_NAME):
+                    assert await health(channel) == SERVING
+                held = [channel.stream_stream("/grpc.health.v1.Health/Check")() for _ in range(remote.CALLS_A_NAME)]
+                await until(lambda: server.listener._calls["client-0", remote.HEALTH] == len(held))
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await health(channel)
+                assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
     run(test)
 
@@ -101,8 +159,8 @@ async def _written(stream: Stream, frame: bytes) -> None:
     await stream.read()
 
 
-@pytest.mark.parametrize("keepalive", [0.3, 1.0])
-def test_a_silent_peer_is_given_up_within_twice_keepalive(keepalive: float) -> None:
+@pytest.mark.parametrize("keepalive", [0.1, 0.25])
+def test_a_peer_that_confirms_but_does_not_answer_is_given_up_after_twelve_keepalives(keepalive: float) -> None:
     async def test() -> None:
         states: list[str] = []
         async with served(keepalive=keepalive) as server, relayed(server.port) as relay:  # noqa: SIM117
@@ -110,10 +168,82 @@ def test_a_silent_peer_is_given_up_within_twice_keepalive(keepalive: float) -> N
                 await link.welcome()
                 await until(lambda: server.events != [])
                 relay.cut(10)
-                await until(lambda: len(states) > 1 and server.events[-1][0] == "away", 2 * keepalive + 1)
-                assert "ping timeout" in states[1]
+                started = time.monotonic()
+                await until(lambda: len(states) > 1 and server.events[-1][0] == "away", 13 * keepalive + 1)
+                assert "ping timeout" in states[1] and time.monotonic() - started > 11 * keepalive
 
     run(test)
+
+
+def test_tcp_gives_up_bytes_that_nobody_confirms_after_two_keepalives() -> None:
+    async def test() -> None:
+        async with served(keepalive=1.5) as server, linked(server.port, keepalive=1.5) as link:
+            await link.welcome()
+            assert sorted(user_timeouts(server.port)) == [3000, 3000]
+
+    run(test)
+
+
+def user_timeouts(port: int) -> list[int]:
+    """TCP_USER_TIMEOUT in ms of the ends of the connections to a port, both of this process."""
+    found = []
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(entry))) as one:
+            if one.family in (socket.AF_INET, socket.AF_INET6) and port in (one.getsockname()[1], one.getpeername()[1]):
+                found.append(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+    return found
+
+
+@pytest.mark.parametrize("direction", ["up", "down", "both"])
+def test_a_slow_link_is_kept_as_long_as_bytes_arrive(direction: str) -> None:
+    """A ping waits for a window of data; it alone takes longer than a keepalive, the transfer several times so."""
+    keepalive, large, small = 0.5, torch.zeros(2**20), torch.zeros(1)
+
+    async def test() -> None:
+        states: list[str] = []
+
+        async def answer(message: Message) -> Message:
+            tensors = {"x": small if direction == "up" else large}
+            return Message("forward", "cloud", message.micro_batch, {}, tensors)
+
+        async with served(answer, keepalive=keepalive) as server, relayed(server.port, 2e6) as relay:  # noqa: SIM117
+            async with linked(relay.listen[1], keepalive=keepalive, states=states) as link:
+                await link.welcome()
+                started = time.monotonic()
+                asked = Message("forward", "client-0", (0, 0, 0), {}, {"x": small if direction == "down" else large})
+                await link.request(asked)
+                assert time.monotonic() - started > 3 * keepalive
+                assert states == ["connected"] and relay.accepted == 1
+
+    run(test, 60)
+
+
+def test_a_connection_that_does_not_shake_hands_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "HANDSHAKE_SECONDS", 0.3)
+    issue(tmp_path, ["cloud"])
+
+    async def test() -> None:
+        async with served(credentials=load_credentials(tmp_path, "cloud")) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            async with asyncio.timeout(5):
+                assert await reader.read() == b""
+            writer.close()
+
+    run(test)
+
+
+def test_a_server_may_open_as_many_files_as_the_system_lets_it() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+
+    async def test() -> None:
+        async with served():
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+
+    try:
+        run(test)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_streams_beyond_the_limit_wait_or_are_turned_away_for_now() -> None:
@@ -123,7 +253,7 @@ def test_streams_beyond_the_limit_wait_or_are_turned_away_for_now() -> None:
 
         server = Listener("127.0.0.1:0", serve, None, 10.0, 1)
         port = await server.start()
-        async with dialer(port).dial():
+        async with dialer(port).dial(), dialer(port).dial():
             await asyncio.sleep(0.1)
             async with Dialer(f"127.0.0.1:{port}", "cloud", None, 10.0).dial() as second:
                 assert "oncurrent" in await raises(second.read(), Disconnected)

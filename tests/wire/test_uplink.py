@@ -155,24 +155,59 @@ def test_a_cut_longer_than_keepalive_heals_by_itself() -> None:
             return await echo(message)
 
         command = [sys.executable, str(RELAY), "--listen", "127.0.0.1:0"]
-        async with served(note, keepalive=0.3) as server:
+        async with served(note, keepalive=0.15) as server:
             command += ["--to", f"127.0.0.1:{server.port}"]
             relay = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             try:
                 assert relay.stdin is not None and relay.stdout is not None
                 port = int(relay.stdout.readline().rpartition(":")[2])
                 states: list[str] = []
-                async with linked(port, keepalive=0.3, states=states) as link:
+                async with linked(port, keepalive=0.15, states=states) as link:
                     await link.request(ask(0))
-                    relay.stdin.write("cut 2\n")
+                    relay.stdin.write("cut 4\n")
                     relay.stdin.flush()
-                    await asyncio.sleep(0.1)
+                    await asyncio.sleep(2.5)  # longer than a silent peer is waited for
                     assert (await link.request(ask(1))).header == {"index": 1}
                     assert calls == [0, 1] and states[0] == states[-1] == "connected" and len(states) >= 3, states
             finally:
                 relay.kill()
                 relay.communicate()
         assert ("away", "client-0") in server.events
+
+    run(test)
+
+
+def test_requests_that_are_cancelled_keep_no_place() -> None:
+    """The session above drops their answers, since the child says that it has them: nothing will come."""
+
+    async def test() -> None:
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def held(message: Message) -> Message:
+            if message.micro_batch[2] < 100:
+                begun.set()
+                await go.wait()
+            return await echo(message)
+
+        async with served(held, room=2) as server, linked(server.port) as link:
+            for index in range(6):
+                begun.clear()
+                go.clear()
+                asked = asyncio.create_task(link.request(ask(index)))
+                await begun.wait()
+                asked.cancel()
+                other = asyncio.create_task(link.request(ask(100 + index)))  # says that the first is of no use
+                assert (await other).header == {"index": 100 + index}
+                assert link.under_way == 0
+                go.set()
+                await until(
+                    lambda: all(answer.done() for answer in server.sessions.by_name["client-0"].answers.values())
+                )
+            many = [asyncio.create_task(link.request(ask(n, x=torch.zeros(600_000)))) for n in range(200, 220)]
+            await until(lambda: link.under_way > 0)
+            for one in many:  # one is being written, others wait
+                one.cancel()
+            assert (await link.request(ask(300))).header == {"index": 300}
 
     run(test)
 

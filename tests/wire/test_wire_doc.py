@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from splitllm.deployment import bounds, server, station
+from splitllm.recipe.schema import WireRecipe
 from splitllm.roles import checks
-from splitllm.roles.gate import Begun
+from splitllm.roles.generation import Begun
 from splitllm.roles.recovery import Decision
 from splitllm.wire import codecs, contents, envelopes, frames, quantizers, remote, sessions, stream, uplink
 from splitllm.wire.coding import Coding
@@ -112,9 +113,10 @@ def test_every_kind_is_listed_with_all_that_is_checked_of_it() -> None:
         tensors = re.findall(r'"([a-z_]+_[A-Z]+)"', source)
         losses = ["losses"] if "_losses(" in source else []
         assert {*header, *tensors, *losses} <= quoted(row[1]), kind
-    assert f"1 to {checks.MOST_KEPT} steps kept" in rows["join"][1]
+    assert f"1 to {checks.MOST_KEPT} states kept" in rows["join"][1]
     assert f"1 to {checks.LONGEST_WORDS} printable characters" in rows["diverged"][1]
-    assert set(Begun(1, Decision(0, {}, ()), evaluated=False).header()) == quoted(rows["join"][2])
+    assert f"an origin is 1 to {checks.LONGEST_ORIGIN} printable characters" in PROSE
+    assert set(Begun(1, Decision(0, "new", {}, ()), evaluated=False).header()) == quoted(rows["join"][2])
 
 
 def dump(which: int) -> dict[int, bytes]:
@@ -211,7 +213,9 @@ def test_statuses_are_those_of_the_reasons() -> None:
     assert len(set(listed)) == len(listed)
     assert f"at most {stream.LONGEST} characters" in section("Refusals")
     patience = inspect.signature(uplink.RemoteLink).parameters["patience"].default
-    assert f"| tries for {patience:g} s, then ends |" in PAGE
+    assert remote.patience(WireRecipe().keepalive) == patience == remote.patience(1.0) * 2.5
+    assert f"tries for {remote.SILENCE + 3} times `wire.keepalive`, at least {remote.patience(1.0):g} s" in PAGE
+    assert f"then ends ({patience:g} s by default) |" in PAGE
 
 
 def test_limits_and_times_are_those_stated() -> None:
@@ -224,7 +228,13 @@ def test_limits_and_times_are_those_stated() -> None:
         f"| a frame | {frames.FRAME_BYTES:,} |",
         f"| the JSON | {frames.VALUES_BYTES:,}; of a hello {hello.values_bytes:,} |",
         f"as many as {bounds.STATES} x adapter tensors + {bounds.OF_MICRO_BATCH} |",
-        f"at most {remote.STREAMS_A_CONNECTION} on one connection; 2 for each child and {server.SPARE_STREAMS} more",
+        f"at most {remote.STREAMS_A_CONNECTION} on one connection; of one certificate {remote.CALLS_A_NAME} calls",
+        f"4 for each child and {2 * server.SPARE_STREAMS} more",
+        f"that TCP has sent and nobody confirms for {remote.UNCONFIRMED} times as long",
+        f"unanswered for {remote.SILENCE} times as long",
+        f"lets {remote.WINDOW_BYTES:,} bytes be under way",
+        f"| handshake | of TCP and TLS within {remote.HANDSHAKE_SECONDS:g} s |",
+        f"the question within {remote.HEALTH_SECONDS:g} s",
         f"a hello, within {sessions.HELLO_SECONDS:g} seconds, with at most {hello.values_bytes:,} bytes of JSON",
         f"which the child awaits for {uplink.HANDSHAKE_SECONDS:g} seconds",
         f"after {first:g} s, doubling to {longest:g} s",
