@@ -7,6 +7,7 @@ import ipaddress
 import reprlib
 import resource
 import signal
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from splitllm.wire.uplink import RemoteLink
 
 T = TypeVar("T")
 MIB = 2**20
+_LOADING = threading.Lock()  # transformers patches torch while it builds a model
 TELL_SECONDS = 5.0
 
 
@@ -146,7 +148,12 @@ class Station:
 
     async def load(self, told: Told | None) -> Worker:
         """The same where it computes, so that this process still hears the user and its peers."""
-        return await self.device.run(lambda: self.worker(None if told is None else told.shard))
+
+        def load() -> Worker:
+            with _LOADING:
+                return self.worker(None if told is None else told.shard)
+
+        return await self.device.run(load)
 
     def uplink(self) -> RemoteLink:
         """The way to the role above; connects at once.
