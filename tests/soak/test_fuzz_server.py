@@ -139,16 +139,16 @@ def assert_logged_once_each(roles: Roles, attack: Attack) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("frames", "steps", "joins"),
+    ("frames", "steps", "joins", "drop_after"),
     [
-        pytest.param(1500, 60, 2, marks=pytest.mark.system),
-        pytest.param(LONG, max(60, LONG // 100), max(2, LONG // 4000), marks=pytest.mark.soak),
+        pytest.param(1500, 60, 2, 0.5, marks=pytest.mark.system),
+        pytest.param(LONG, max(60, LONG // 100), max(2, LONG // 4000), 5.0, marks=pytest.mark.soak),
     ],
 )
 def test_broken_frames_do_not_disturb_a_client_that_trains(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], frames: int, steps: int, joins: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], frames: int, steps: int, joins: int, drop_after: float
 ) -> None:
-    roles = Roles(write_two_tier_recipe(tmp_path, steps), tmp_path / "run")
+    roles = Roles(write_two_tier_recipe(tmp_path, steps, drop_after), tmp_path / "run")
     try:
         outcome = asyncio.run(run_under_attack(roles, frames, joins))
     finally:

@@ -20,7 +20,7 @@ from tests.tiny import save_base, write_rows
 CODECS = ("none", "int8", "int4", "topk:0.1")
 
 
-def write_two_tier_recipe(folder: Path, steps: int) -> Path:
+def write_two_tier_recipe(folder: Path, steps: int, drop_after: float = 5.0) -> Path:
     """Two clients and a cloud; who is away for five seconds is left out."""
     content = {
         "seed": 3,
@@ -29,7 +29,7 @@ def write_two_tier_recipe(folder: Path, steps: int) -> Path:
         "lora": {"rank": 2, "alpha": 4, "dropout": 0.1},
         "data": {"source": str(write_rows(folder / "rows.jsonl")), "max_length": 24, "eval_fraction": 0.1},
         "train": {"steps": steps, "batch_size": 2, "accumulate": 1, "optimizer": {"lr": 0.01}, "threads": 1},
-        "wire": {"absent": "drop", "drop_after": 5.0},
+        "wire": {"absent": "drop", "drop_after": drop_after},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
