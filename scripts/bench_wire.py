@@ -50,7 +50,7 @@ SKIPPED = 1  # steps of every run that are not counted: memory is still being ta
 CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk:0.25")
 FORGETFUL = ", no feedback"  # of a codec whose errors are not carried on
 LOSS_CODECS = ("none", "bf16", "fp16", "int8", "int4", f"int4{FORGETFUL}", "topk:0.25")
-PARTS = ("a", "b", "small", "bytes", "losses")
+PARTS = ("a", "b", "bytes", "losses")
 BARS = {"a": 0.90, "b": 0.85}
 BYTE_BARS = {"int8": 1.05, "int4": 0.55}
 LOSS_BARS = {"int8": 0.005, "int4": 0.015}
@@ -218,12 +218,11 @@ def measure_speed(options: argparse.Namespace, base: Path) -> list[Speed]:
     return interleaved(options, ways, "a")
 
 
-def measure_relay(
-    options: argparse.Namespace, base: Path, tokenizer: Path, cuts: Sequence[int], many: int
-) -> list[Speed]:
+def measure_relay(options: argparse.Namespace, base: Path) -> list[Speed]:
     steps = SKIPPED + options.steps
-    piped = recipe_of(options, base, tokenizer, cuts, threads=1, steps=steps, accumulate=many, in_flight=8)
-    alone = recipe_of(options, base, tokenizer, cuts, threads=1, steps=steps, accumulate=many, in_flight=1)
+    common = {"threads": 1, "steps": steps, "accumulate": 8}
+    piped = recipe_of(options, base, options.tokenizer, options.cuts, in_flight=8, **common)
+    alone = recipe_of(options, base, options.tokenizer, options.cuts, in_flight=1, **common)
     slow = ["--rtt-ms", str(RTT_MS), "--mbit", str(MBIT)]
     ways = {
         "no delay, 8 in flight": lambda d: deployed_run(piped, d, []),
@@ -369,8 +368,7 @@ def loss_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 TITLES = {
     "a": "(a) one process or three",
-    "b": "(b) a slow link, GPT-2 small",
-    "b small": "(b) a slow link, the quickstart's base",
+    "b": "(b) a slow link",
 }
 
 
@@ -441,11 +439,9 @@ def main() -> None:
     found: dict[str, Any] = {**known, "machine": machine()}
     with tempfile.TemporaryDirectory(prefix="bench-wire-base-") as folder:
         base = draw_base(options.tokenizer, Path(folder)) if {"a", "b"} & set(options.parts) else Path(folder)
-        quick = ROOT / "recipes" / "quickstart-base"
         parts: dict[str, tuple[str, Callable[[], Any]]] = {
             "a": ("a", lambda: [asdict(speed) for speed in measure_speed(options, base)]),
-            "b": ("b", lambda: [asdict(s) for s in measure_relay(options, base, options.tokenizer, options.cuts, 8)]),
-            "small": ("b small", lambda: [asdict(s) for s in measure_relay(options, quick, quick, [2, 4], 64)]),
+            "b": ("b", lambda: [asdict(speed) for speed in measure_relay(options, base)]),
             "bytes": ("bytes", measure_bytes),
             "losses": ("losses", lambda: loss_rows(measure_losses(options))),
         }
