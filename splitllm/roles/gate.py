@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from splitllm.errors import DivergedError, PeerError, RejoinError
+from splitllm.errors import CheckpointError, DivergedError, PeerError, RejoinError
 from splitllm.roles.absence import Absence
 from splitllm.roles.checks import Allowed
 from splitllm.roles.generation import Begun, Past, Summit
@@ -72,6 +72,7 @@ class Gate:
         self._joined: dict[str, tuple[Message, asyncio.Future[Message]]] = {}
         self._settling: asyncio.Task[None] | None = None
         self._stands_aside = False
+        self._needs_more = False
         self._next = summit.first if summit is not None else 0
         self._meetings: dict[str, Meeting] = {}
         self._parts: dict[str, Part] = {}
@@ -122,7 +123,7 @@ class Gate:
         lost = [child for child in self.members if self._absence.lost(child)]
         if self._begun is not None and lost:
             self.end(f"{lost[0]} stayed away for {self._absence.patience:g} seconds")
-        if self._begun is None and self._settling is None:
+        if self._begun is None and self._settling is None and not self._needs_more:
             self._settle_anew()
         self._look_later()
 
@@ -162,6 +163,7 @@ class Gate:
     async def _join(self, message: Message) -> Message:
         child, aside = message.sender, not message.header["standings"]
         self.end(f"{child} joined")
+        self._needs_more = False
         self._absence.aside(child, stands=aside)
         earlier = self._joined.pop(child, None)
         if earlier is not None:
@@ -233,10 +235,19 @@ class Gate:
             return
         self._settling = None
         error = task.exception()
-        waiting, self._joined = (self._joined, {}) if error is not None else ({}, self._joined)
-        for _, reply in waiting.values():
-            if not reply.done() and error is not None:
-                reply.set_exception(error)
+        if isinstance(error, CheckpointError) and (missing := self._left_out()):
+            logger.warning("%s are waited for after all: %s", ", ".join(missing), error)
+            self._needs_more = True
+        elif error is not None:
+            waiting, self._joined = self._joined, {}
+            for _, reply in waiting.values():
+                if not reply.done():
+                    reply.set_exception(error)
+
+    def _left_out(self) -> list[str]:
+        """Roles below that none of those who have joined speaks for."""
+        below = {role for child in self.allowed.children.values() for role in child.roles}
+        return sorted(below.difference(*(message.header["standings"] for message, _ in self._joined.values())))
 
     async def _decided(self, standings: Mapping[str, Standing]) -> Begun:
         if self.summit is not None:

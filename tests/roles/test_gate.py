@@ -108,6 +108,23 @@ def test_when_all_are_away_the_run_waits_for_them() -> None:
     assert found.observed[-1][2] == 3
 
 
+TWO_TIERS = {"client": 2, "cloud": 1}
+
+
+@pytest.mark.parametrize("tiers", [TWO_TIERS, TIERS], ids=["two", "three"])
+def test_who_returns_first_without_a_state_that_fits_waits_for_the_others(tiers: dict[str, int]) -> None:
+    """client-1 is long left out when all others are lost too, and it is the first to be back."""
+    train = {"steps": 16, "batch_size": 1, "accumulate": 2}
+    wide = recipe("gpt2", list(range(1, len(tiers))), split={"tiers": tiers}, train=train)
+    others = [f"client-{index}" for index in range(tiers["client"]) if index != 1]
+    faults = {200: [("client-1", 1000)], 600: [(name, 1500) for name in others]}
+    found = finish(Tree(wide, corpus(tiers["client"], rows=6), patience=PATIENCE), faults)
+    assert [step for step, _, _ in found.observed] == list(range(16))
+    assert found.observed[-1][2] == tiers["client"]
+    clients = [past.state() for name, past in found.pasts.items() if name.startswith("client")]
+    assert all(same(state, clients[0]) for state in clients)
+
+
 @pytest.mark.parametrize("seed", seeds(5, 200))
 def test_whoever_is_left_out_whenever_the_replicas_end_alike(seed: int) -> None:
     rng = Random(seed)
