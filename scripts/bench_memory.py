@@ -225,7 +225,7 @@ def measure(case: Case, folder: Path) -> dict[str, float]:
         "weights": held["weights"],
         "adapter": held["adapter and optimiser"],
         "activations": _live_in_a_step(worker, case),
-        "saved activations": held["activations of a micro-batch"],
+        "saved activations": held["activations of a batch"],
         "load growth": loaded["peak"] - before["now"],
         "lookup growth": lookups,
         "growth": after["peak"] - before["now"],
@@ -261,14 +261,16 @@ def _step(worker: Any, case: Case, step: int) -> None:
     """One micro-batch forward and backward, one optimiser step."""
     import torch
 
+    from splitllm.model.joined import Rows
     from splitllm.model.randomness import MicroBatchId
+    from splitllm.roles.worker import Ask
 
     micro_batch, lengths = MicroBatchId(step, 0, 0), (LENGTH,) * case.rows
     worker.trainable.expect([micro_batch])
     gradient = worker.shard.embeddings is None
     inputs = _inputs(worker.shard, case)
-    run = worker.forward(micro_batch, inputs, lengths, None, train=True, input_gradient=gradient)
-    worker.backward(run, torch.randn_like(run.output_TD))
+    (run,) = worker.forward([Ask(Rows(micro_batch, lengths), inputs, input_gradient=gradient)])
+    worker.backward([run], [torch.randn_like(run.output_TD)])
     worker.trainable.apply(worker.trainable.gradients(), 1.0, 1.0)
 
 

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -21,29 +18,27 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from bases import draw_gpt2_small
+from pages import bullets, machine, table, write_page
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from splitllm.data import BatchStream, Corpus, MicroBatch, load_corpus
 from splitllm.errors import SplitLLMError
 from splitllm.model.loading import Checkpoint, quiet_transformers
 from splitllm.model.lora import matched_modules
-from splitllm.preflight import load_tokenizer, tier_bounds
-from splitllm.recipe import Recipe
+from splitllm.preflight import load_tokenizer
+from splitllm.recipe import Recipe, role_bounds
 from splitllm.roles.assembly import DTYPES, Assembly, schedule_of
 
-SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
-NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 RANK, ALPHA = 4, 32  # SplitLoRA's
 RATE, BATCH = 2.0e-4, 8
 SAME_LOSS = {"float32": 1e-5, "bfloat16": 2e-3}  # relative, of the first micro-batch, where every adapter still adds 0
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
-BEGIN, END = "<!-- written by scripts/bench_split.py: begin -->", "<!-- end -->"
+PACKAGES = ("torch", "transformers", "peft")
+COLUMNS = ["", "ours, 3 tiers /", "weights", "#ours", "#theirs", "#ratio", "range of pairs", "#bar", ""]
 
 Train = Callable[[Sequence[int]], tuple[int, float]]
 """Trains on the micro-batches with these numbers; returns their real tokens and the first one's mean loss."""
@@ -103,19 +98,11 @@ def recipe_of(options: argparse.Namespace, base: Path, dtype: str, tiers: int) -
     )
 
 
-def draw_base(tokenizer: Path, folder: Path) -> Path:
-    """GPT-2 small with random weights, without dropout: then all contenders must find the same loss."""
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(tokenizer, **SMALL, **NO_DROPOUT)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
-
-
 def ours(recipe: Recipe, corpus: Corpus) -> Train:
     """The real roles in this process, tied together as `splitllm train` does it."""
     checkpoint = Checkpoint(recipe.model.base)
     modules = matched_modules(checkpoint.config, None)
-    bounds = tier_bounds(recipe, checkpoint.config.num_hidden_layers)
+    bounds = role_bounds(recipe, checkpoint.config.num_hidden_layers)
     roles = Assembly(recipe, corpus, checkpoint, modules, bounds, schedule_of(recipe.train.schedule, 1)).build()
     (client,) = roles.clients
 
@@ -231,49 +218,18 @@ def run_dtype(dtype: str, base: Path, options: argparse.Namespace) -> list[Resul
     return results
 
 
-def machine(threads: int) -> dict[str, str]:
-    """What the numbers depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    known = [f"{key} {fields[key]}" for key in ("cpu family", "model", "stepping") if key in fields]
-    flags = [flag for flag in FLAGS if flag in fields.get("flags", "").split()]
-    return {
-        "CPU": ", ".join([fields.get("model name", platform.processor()), *known]),
-        "CPU flags of interest": ", ".join(flags) or "none",
-        "cores and memory": f"{os.cpu_count()} cores, {memory:.1f} GiB",
-        "torch threads": str(threads),
-        "load average at the start": f"{os.getloadavg()[0]:.2f}",
-        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "splitllm")),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-
-
-def as_markdown(results: Sequence[Result], about: dict[str, str], options: argparse.Namespace) -> str:
+def page(results: Sequence[Result], about: dict[str, str], options: argparse.Namespace) -> list[str]:
     """The table, and what the numbers depend on."""
-    table = ["| | ours, 3 tiers / | weights | ours | theirs | ratio | range of pairs | bar | |", "|---" * 9 + "|"]
+    rows = []
     for r in results:
         spread = f"{min(r.ratios):.3f} to {max(r.ratios):.3f}"
-        numbers = f"{r.ours:.1f} | {r.theirs:.1f} | **{r.ratio:.3f}** | {spread} | {r.bar:g}"
-        table.append(f"| ({r.case}) | {r.rival} | {r.dtype} | {numbers} | {'reached' if r.reached else 'MISSED'} |")
+        numbers = [f"{r.ours:.1f}", f"{r.theirs:.1f}", f"**{r.ratio:.3f}**", spread, f"{r.bar:g}"]
+        rows.append([f"({r.case})", r.rival, r.dtype, *numbers, "reached" if r.reached else "MISSED"])
     what = (
         f"Real tokens per second, medians of {options.pairs} pairs; {options.steps} micro-batches of {BATCH} rows "
         f"a measurement, in (c) 2; (c) pads to {options.width}."
     )
-    return "\n".join([*table, "", what, "", *(f"- {key}: {value}" for key, value in about.items())])
-
-
-def write(output: Path, results: Sequence[Result], about: dict[str, str], markdown: str) -> None:
-    """Put the results between the two marks of `output` (a new file if there is none), and as JSON beside it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    old = output.read_text(encoding="utf-8") if output.exists() else f"# Speed of the split\n\n{BEGIN}\n{END}\n"
-    before, _, rest = old.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    output.write_text(f"{before}{BEGIN}\n{markdown}\n{END}{after}", encoding="utf-8")
-    content = {"machine": about, "results": [{**asdict(r), "reached": r.reached} for r in results]}
-    output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return [*table(COLUMNS, rows), "", what, "", *bullets(about)]
 
 
 def options_from_command_line() -> argparse.Namespace:
@@ -306,13 +262,14 @@ def options_from_command_line() -> argparse.Namespace:
 def main() -> None:
     options = options_from_command_line()
     torch.set_num_threads(options.threads)
-    about = machine(options.threads)
+    about = machine(*PACKAGES) | {"torch threads": str(options.threads)}
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        base = draw_base(options.tokenizer, Path(folder))
+        base = draw_gpt2_small(options.tokenizer, Path(folder))
         results = [result for dtype in options.dtypes for result in run_dtype(dtype, base, options)]
-    markdown = as_markdown(results, about, options)
-    print(f"\n{markdown}")
-    write(options.output, results, about, markdown)
+    lines = page(results, about, options)
+    print("\n".join(["", *lines]))
+    figures = [{**asdict(r), "reached": r.reached} for r in results]
+    write_page(options.output, "bench_split.py", lines, {"machine": about, "results": figures})
     if not options.no_bars and not all(result.reached for result in results):
         sys.exit("error: a bar was missed")
 

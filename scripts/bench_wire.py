@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -27,14 +26,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
+from bases import draw_gpt2_small
+from pages import bullets, known_figures, machine, table, write_page
 
 from splitllm.wire.codecs import codec, pack
 from splitllm.wire.envelopes import request_values
@@ -43,8 +41,7 @@ from splitllm.wire.issuing import issue
 from splitllm.wire.message import Message
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
-NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+PACKAGES = ("torch", "grpcio", "transformers", "peft")
 ROLES = ("cloud", "edge", "client")
 SKIPPED = 1  # steps of every run that are not counted: memory is still being taken
 CODECS = ("none", "bf16", "fp16", "int8", "int4", "topk:0.25")
@@ -57,7 +54,6 @@ LOSS_BARS = {"int8": 0.005, "int4": 0.015}
 RTT_MS, MBIT = 40, 200
 MOST_TRANSFER = 0.5  # seconds of transfer a second of computing, in (b)
 LOSS_ROWS = 800  # that are trained on in (c), and as many are held out
-BEGIN, END = "<!-- written by scripts/bench_wire.py: begin -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -89,13 +85,6 @@ class Pace(NamedTuple):
 def ratio(one: Speed, other: Speed) -> float:
     """The median over pairs of runs."""
     return statistics.median(a / b for a, b in zip(one.rates, other.rates, strict=True))
-
-
-def draw_base(tokenizer: Path, folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(tokenizer, **SMALL, **NO_DROPOUT)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
 
 
 def recipe_of(
@@ -313,28 +302,12 @@ def loss_rows(losses: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict[
     return rows
 
 
-def machine() -> str:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "grpcio", "transformers", "peft"))
-    names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
-    cpu = next(names, ":").split(":")[1].strip()
-    cores = len(os.sched_getaffinity(0))
-    return f"{cpu}, {cores} cores, Python {platform.python_version()}, {packages}; {datetime.now(UTC):%Y-%m-%d}"
-
-
-def table(title: str, columns: str, rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of Markdown; `columns` are separated by |, and those beginning with # hold numbers."""
-    names = columns.split("|")
-    rule = "|".join("---:" if name.startswith("#") else "---" for name in names)
-    head = "|".join(name.removeprefix("#") for name in names)
-    return ["", f"### {title}", "", f"|{head}|", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
 def speed_table(title: str, speeds: Sequence[Speed]) -> list[str]:
     rows = []
     for speed in speeds:
         pairs = ", ".join(f"{a / b:.3f}" for a, b in zip(speed.rates, speeds[0].rates, strict=True))
         rows.append([speed.name, f"{speed.median:.1f}", f"{ratio(speed, speeds[0]):.3f}", pairs])
-    return table(title, "|#real tokens/s, median|#over the first, median of rounds|rounds", rows)
+    return table(["", "#real tokens/s, median", "#over the first, median of rounds", "rounds"], rows, title)
 
 
 def transfer_lines(speeds: Sequence[Speed]) -> list[str]:
@@ -343,18 +316,17 @@ def transfer_lines(speeds: Sequence[Speed]) -> list[str]:
 
 
 def bytes_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    columns = "#width|codec|#activations or gradient|#whole request up|#whole reply down|#the most, over the width|#bar"
+    sizes = ["#activations or gradient", "#whole request up", "#whole reply down", "#the most, over the width"]
     cells = []
     for r in rows:
-        sizes = [f"{r[key]:.1f}" for key in ("tensor", "up", "down")]
-        cells.append([str(r["width"]), r["codec"], *sizes, f"{r['over_width']:.3f}", str(r["bar"] or "")])
-    return table("(c) bytes a real token", columns, cells)
+        bytes_ = [f"{r[key]:.1f}" for key in ("tensor", "up", "down")]
+        cells.append([str(r["width"]), r["codec"], *bytes_, f"{r['over_width']:.3f}", str(r["bar"] or "")])
+    return table(["#width", "codec", *sizes, "#bar"], cells, "(c) bytes a real token")
 
 
 def loss_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    columns = (
-        "codec, both ways|#held-out loss|#over none, mean|#worst seed|#bar|#loss of the last 20 steps|#over none, mean"
-    )
+    held = ["#held-out loss", "#over none, mean", "#worst seed"]
+    last = ["#loss of the last 20 steps", "#over none, mean"]
     cells = []
     for r in rows:
         held_out = [
@@ -363,7 +335,7 @@ def loss_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         bar = "" if r["bar"] is None else f"{r['bar']:.1%}"
         cells.append([r["codec"], *held_out, bar, f"{r['train_loss']:.4f}", f"{r['train_loss_over']:+.2%}"])
-    return table("(c) loss of stories260K after fine-tuning", columns, cells)
+    return table(["codec, both ways", *held, "#bar", *last], cells, "(c) loss of stories260K after fine-tuning")
 
 
 TITLES = {
@@ -372,8 +344,8 @@ TITLES = {
 }
 
 
-def page(found: Mapping[str, Any]) -> str:
-    lines = [BEGIN, "", f"{found['machine']}."]
+def page(found: Mapping[str, Any]) -> list[str]:
+    lines = bullets(found["machine"])
     for key, title in TITLES.items():
         if key in found:
             speeds = [Speed(**speed) for speed in found[key]]
@@ -383,7 +355,7 @@ def page(found: Mapping[str, Any]) -> str:
         lines += bytes_table(found["bytes"])
     if "losses" in found:
         lines += loss_table(found["losses"])
-    return "\n".join([*lines, "", END])
+    return lines
 
 
 def missed(found: Mapping[str, Any]) -> list[str]:
@@ -402,15 +374,6 @@ def missed(found: Mapping[str, Any]) -> list[str]:
         if r["bar"] and r["eval_loss_after_over"] > r["bar"]:
             lines.append(f"(c) {r['codec']}: loss {r['eval_loss_after_over']:+.2%}, the bar is {r['bar']:.1%}")
     return lines
-
-
-def write(found: Mapping[str, Any], output: Path) -> None:
-    """Replace the written part of the page, and keep the figures beside it."""
-    output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    text = output.read_text() if output.exists() else f"{BEGIN}\n{END}\n"
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    output.write_text(before + page(found) + after)
 
 
 def main() -> None:
@@ -433,12 +396,9 @@ def main() -> None:
         help="its marked part is replaced; JSON goes beside it",
     )
     options = parser.parse_args()
-    output = options.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(output.with_suffix(".json").read_text()) if output.with_suffix(".json").exists() else {}
-    found: dict[str, Any] = {**known, "machine": machine()}
+    found = {**known_figures(options.output), "machine": machine(*PACKAGES)}
     with tempfile.TemporaryDirectory(prefix="bench-wire-base-") as folder:
-        base = draw_base(options.tokenizer, Path(folder)) if {"a", "b"} & set(options.parts) else Path(folder)
+        base = draw_gpt2_small(options.tokenizer, Path(folder)) if {"a", "b"} & set(options.parts) else Path(folder)
         parts: dict[str, tuple[str, Callable[[], Any]]] = {
             "a": ("a", lambda: [asdict(speed) for speed in measure_speed(options, base)]),
             "b": ("b", lambda: [asdict(speed) for speed in measure_relay(options, base)]),
@@ -448,8 +408,8 @@ def main() -> None:
         for part in options.parts:
             key, measure = parts[part]
             found[key] = measure()
-            write(found, output)
-    print(page(found))
+            write_page(options.output, "bench_wire.py", page(found), found)
+    print("\n".join(page(found)))
     for line in (lines := missed(found)):
         print(f"missed: {line}", file=sys.stderr)
     sys.exit(1 if lines else 0)

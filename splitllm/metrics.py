@@ -104,13 +104,14 @@ class Metrics:
         if self.enabled:
             self._line.say(text)
 
-    def truncate_to(self, step: int) -> list[Record]:
+    def truncate_to(self, step: int, client: str | None = None) -> list[Record]:
         """On resume: drop every event after `step`, and a last line that a crash left half-written.
 
         The rewrite is atomic. Events without a step are kept.
 
         Args:
             step: the step of the checkpoint that the run resumes from.
+            client: drop events of this client only; None: of all.
 
         Returns:
             The events that are kept, in order; none where this writer is disabled or there is no file.
@@ -121,7 +122,8 @@ class Metrics:
         if not self.enabled or not self.path.exists():
             return []
         self._close_file()
-        kept = [record for record in read_records(self.path) if record.get("step", step) <= step]
+        records = read_records(self.path)
+        kept = [r for r in records if r.get("step", step) <= step or (client is not None and r.get("client") != client)]
         replace_text(self.path, "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in kept))
         self._bytes = dict.fromkeys(self._bytes, 0)
         for record in kept:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +17,14 @@ from splitllm.data import Corpus, load_corpus
 from splitllm.data.sources import read_sources
 from splitllm.errors import CheckpointError, RecipeError, SplitLLMError
 from splitllm.model.export import load_adapter, tensor_shapes
-from splitllm.model.families import layout_of
+from splitllm.model.families import dropouts, layout_of, set_dropouts
 from splitllm.model.loading import Checkpoint, load_config, quiet_transformers
 from splitllm.model.lora import block_of, matched_modules
 from splitllm.model.naming import in_text_model
 from splitllm.model.proof import admit
-from splitllm.recipe import LoraRecipe, Recipe, what_leaves_the_device
+from splitllm.recipe import LoraRecipe, Recipe, role_bounds, tier_bounds, what_leaves_the_device
+from splitllm.roles.admission import Admission, admissions, lines_of
+from splitllm.roles.admission import problems as admission_problems
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
@@ -59,6 +61,16 @@ class Plan:
     def bounds(self) -> list[tuple[int, int]]:
         """First block and block after the last of every tier, bottom up."""
         return tier_bounds(self.recipe, self.config.num_hidden_layers)
+
+    @property
+    def role_bounds(self) -> dict[str, tuple[int, int]]:
+        """The same of every role."""
+        return role_bounds(self.recipe, self.config.num_hidden_layers)
+
+    @cached_property
+    def admissions(self) -> dict[str, Admission]:
+        """Server right above clients -> whom it takes in; none without `server.memory_mib`."""
+        return admissions(self.recipe, self.config, self.modules)
 
     def tier_lines(self) -> list[str]:
         """What every tier holds, bottom up."""
@@ -103,6 +115,7 @@ def prepare(recipe: Recipe, *, data: bool = True, client: int | None = None) -> 
     layout = problems.attempt(lambda: layout_of(config)) if config is not None else None
     if config is not None and layout is not None:
         problems.lines += _cut_problems(recipe, config)
+        problems.lines += _batching_problems(recipe, config)
         shapes = problems.attempt(lambda: _admitted(config, recipe))
         if shapes is not None:
             problems.attempt(lambda: _check_tensors(recipe, shapes))
@@ -120,7 +133,10 @@ def prepare(recipe: Recipe, *, data: bool = True, client: int | None = None) -> 
     trained = [name for name in modules if _tier_trains(recipe, config, name)]
     if not trained:
         raise RecipeError([f"lora.tiers: {list(recipe.lora.tiers or ())} hold no module that lora.targets matches"])
-    return Plan(recipe, config, corpus, tuple(trained), len(trained) == len(modules))
+    plan = Plan(recipe, config, corpus, tuple(trained), len(trained) == len(modules))
+    if lines := admission_problems(recipe, plan.admissions):
+        raise RecipeError(lines)
+    return plan
 
 
 def describe(plan: Plan) -> list[str]:
@@ -141,6 +157,7 @@ def describe(plan: Plan) -> list[str]:
         f"model: {recipe.model.base} ({plan.config.model_type}, {plan.config.num_hidden_layers} blocks)",
         *tiers,
         f"LoRA: rank {recipe.lora.rank} on {len(plan.modules)} modules",
+        *lines_of(recipe, plan.admissions),
         "data:",
         *shares,
         f"  held out: {held_out} rows",
@@ -164,6 +181,8 @@ def model_config(recipe: Recipe) -> PreTrainedConfig:
         except (StrictDataclassError, ValueError, TypeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise CheckpointError(f"model.random.{key}: {value!r} is no value for it ({reason})") from error
+    if recipe.model.dropout is not None:
+        set_dropouts(config, recipe.model.dropout)
     if getattr(config, "num_hidden_layers", 1) < 1:
         raise CheckpointError(f"model.base: its configuration has {config.num_hidden_layers} blocks: nothing to train")
     return config
@@ -182,12 +201,6 @@ def load_tokenizer(recipe: Recipe) -> Any:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(f"model.tokenizer: cannot read a tokenizer from {name}: {reason}") from error
-
-
-def tier_bounds(recipe: Recipe, layers: int) -> list[tuple[int, int]]:
-    """First block and block after the last of every tier, bottom up."""
-    edges = [0, *recipe.split.cuts, layers]
-    return list(pairwise(edges))
 
 
 def _admitted(config: PreTrainedConfig, recipe: Recipe) -> Shapes:
@@ -222,10 +235,23 @@ def _tier_trains(recipe: Recipe, config: PreTrainedConfig, module: str) -> bool:
 
 def _cut_problems(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
     layers = config.num_hidden_layers
-    beyond = [cut for cut in recipe.split.cuts if not 1 <= cut <= layers]
+    cuts = [("split.cuts", cut) for cut in recipe.split.cuts]
+    cuts += [(f"split.client_cuts.{name}", cut) for name, cut in recipe.split.client_cuts.items()]
     return [
-        f"split.cuts: {cut} is not a place to cut {config.model_type}, which has {layers} blocks: use 1 to {layers}"
-        for cut in beyond
+        f"{key}: {cut} is not a place to cut {config.model_type}, which has {layers} blocks: use 1 to {layers}"
+        for key, cut in cuts
+        if not 1 <= cut <= layers
+    ]
+
+
+def _batching_problems(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
+    """A mask over a batch of several tenants would make each one's depend on the others."""
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in dropouts(config).items())
+    if recipe.server.batching == "none" or not rates:
+        return []
+    return [
+        f"server.batching: {recipe.server.batching} needs a base model without dropout of its own, and this one has "
+        f"{rates}; set model.dropout: 0 (lora.dropout may stay), or batching: none"
     ]
 
 

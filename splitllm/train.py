@@ -52,7 +52,7 @@ def train(recipe: Recipe, output_dir: str | os.PathLike[str], resume: bool = Fal
     base = open_base(recipe, directory, world)
     data = fingerprint(plan.corpus, base, saved)
     schedule = schedule_of(recipe.train.schedule, recipe.train.steps)
-    roles = Assembly(recipe, plan.corpus, base, plan.modules, plan.bounds, schedule, _site(world)).build()
+    roles = Assembly(recipe, plan.corpus, base, plan.modules, plan.role_bounds, schedule, _site(world)).build()
     tracker = _tracker(world, recipe)
     with Metrics(directory, steps=recipe.train.steps, enabled=world.rank == 0, tracker=tracker) as metrics:
         run = Run(plan, world, directory, roles, metrics, data)

@@ -16,8 +16,7 @@ from splitllm.data.corpus import Corpus
 from splitllm.data.examples import Example
 from splitllm.model.loading import Checkpoint, quiet_transformers
 from splitllm.model.lora import matched_modules
-from splitllm.preflight import tier_bounds
-from splitllm.recipe import Recipe
+from splitllm.recipe import Recipe, role_bounds, tier_bounds
 from splitllm.roles.assembly import Assembly, Roles, schedule_of
 
 LAYERS, VOCABULARY = 6, 61
@@ -131,10 +130,11 @@ def roles_of(recipe: Recipe, rows: Corpus) -> Roles:
     """The roles of a recipe, in this process."""
     base = Checkpoint(recipe.model.base)
     modules = matched_modules(base.config, recipe.lora.targets)
-    tiers, bounds = list(recipe.split.tiers), tier_bounds(recipe, base.config.num_hidden_layers)
+    layers = base.config.num_hidden_layers
+    tiers, bounds = list(recipe.split.tiers), tier_bounds(recipe, layers)
     if recipe.lora.tiers is not None:
         held = [bound for name, bound in zip(tiers, bounds, strict=True) if name in recipe.lora.tiers]
         blocks = {block for start, stop in held for block in range(start, stop)}
         modules = [name for name in modules if int(name.split(".")[2]) in blocks]
     schedule = schedule_of(recipe.train.schedule, recipe.train.steps)
-    return Assembly(recipe, rows, base, modules, bounds, schedule).build()
+    return Assembly(recipe, rows, base, modules, role_bounds(recipe, layers), schedule).build()

@@ -141,6 +141,25 @@ WRONG = [
     ("data={source: hub:x, partition: {by: file}}", "data.partition.by: 'file' needs local files, not hub:x"),
     ("split.tiers={a: 2, a-0: 1}", "two roles would be called a-0; give one of the tiers another name"),
     ("data.partition={by: own, field: x}", "data.partition.field: by: own does not use it; leave it out"),
+    ("server.memory_mib=0", "server.memory_mib: 0 is not allowed; use a whole number of at least 1, or null"),
+    ("server.quota.tokens_per_second=0", "server.quota.tokens_per_second: 0 is not allowed; use a number above 0, or"),
+    (
+        "server.quota.byte_per_second=3",
+        "server.quota.byte_per_second: unknown key; did you mean server.quota.bytes_per_second?",
+    ),
+    (
+        "server.tenants=3",
+        "server.tenants: 3 is not allowed; use a mapping of names, each with a mapping with keys among",
+    ),
+    (
+        "server.tenants={client-0: 3}",
+        "server.tenants.client-0: 3 is not allowed; use a mapping with keys among tokens_",
+    ),
+    ("server.tenants.client-0.weigth=3", "server.tenants.client-0.weigth: unknown key; did you mean server.tenants.cl"),
+    ("server.tenants.client-0.weight=0", "server.tenants.client-0.weight: 0 is not allowed; use a number above 0"),
+    ("server.tenants.client-0.bytes_per_second=-1", "-1 is not allowed; use a number above 0, or null"),
+    ("server.tenants.client-4.weight=2", "server.tenants.client-4: 'client-4' is not a client of split.tiers; use so"),
+    ("server.tenants.edge-0.weight=2", "server.tenants.edge-0: 'edge-0' is not a client of split.tiers; use some of"),
     ("wire.addresses=null", "wire.addresses: None is not allowed; use a mapping of server roles to HOST:PORT"),
     ("wire.addresses={cloud: null}", "wire.addresses.cloud: None is not allowed; use HOST:PORT, such as 10.0.0.2:7000"),
     ("wire.addresses.cloud=7000", "wire.addresses.cloud: 7000 is not allowed; use HOST:PORT"),
@@ -332,6 +351,11 @@ def test_wrong_addresses_are_reported_beside_wrong_roles_and_codecs(file: Path) 
     overrides = ("wire.addresses={cloud: x, edge-0: 'y:0', nobody: h:1}", "wire.up=q", "wire.absent=1")
     starts = [problem.split(": ")[0] for problem in problems_of(file, *overrides)]
     assert starts == ["wire.addresses.cloud", "wire.addresses.edge-0", "wire.up", "wire.absent", "wire.addresses"]
+
+
+def test_one_tier_has_no_server_with_memory(file: Path) -> None:
+    problem = problem_of(file, "split.tiers={client: 2}", "split.cuts=[]", "server.memory_mib=9")
+    assert problem == "server.memory_mib: 9 is of a server, and with one tier there is none; use null"
 
 
 def test_one_tier_has_no_server_to_address(file: Path) -> None:

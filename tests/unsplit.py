@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -23,6 +25,24 @@ def peft_key(name: str) -> str:
     """The name of a PeftModel's parameter in an adapter file."""
     bare = name.replace(".default.weight", ".weight")
     return bare.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+
+
+class Masks(nn.Module):
+    """Adapter dropout by a mask over the real tokens of the micro-batch, keyed by it and by the module's name."""
+
+    def __init__(self, unsplit: Unsplit, name: str) -> None:
+        super().__init__()
+        self.of = lambda: (unsplit.recipe, unsplit._key, unsplit._lengths)
+        self.name = name
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        recipe, key, lengths = self.of()
+        if not self.training:
+            return x_BSD
+        generator = torch.Generator().manual_seed(seed_of("adapter dropout", recipe.seed, *key, self.name))
+        kept_TD = torch.rand(sum(lengths), x_BSD.shape[2], generator=generator) >= recipe.lora.dropout
+        kept_BSD = nn.utils.rnn.pad_sequence(torch.split(kept_TD, list(lengths)), batch_first=True)
+        return x_BSD * kept_BSD / (1 - recipe.lora.dropout)
 
 
 class Unsplit:
@@ -95,12 +115,16 @@ class Unsplit:
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
         """Summed cross-entropy of a micro-batch, from all logits."""
+        self._lengths = batch.lengths
         inputs = {"input_ids": batch.ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
         logits_BSV = self.model(**inputs).logits
         real_TV = torch.cat([row[:length] for row, length in zip(logits_BSV, batch.lengths, strict=True)])
         return F.cross_entropy(real_TV[batch.positions_N], batch.targets_N, reduction="sum")
 
     def _key_dropout(self) -> None:
+        for name, module in self.model.base_model.model.named_modules():
+            if isinstance(module, LoraLayer) and self.recipe.lora.dropout:
+                module.lora_dropout["default"] = Masks(self, name)
         base = self.model.base_model.model
         decoder = getattr(base, base.base_model_prefix)
         blocks = decoder.h if hasattr(decoder, "h") else decoder.layers

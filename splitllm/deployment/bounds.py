@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from splitllm.model.lora import adapter_shapes, block_of
+import torch
+
+from splitllm.model.lora import adapter_shapes, block_of, in_model
 from splitllm.preflight import Plan
-from splitllm.recipe import Recipe, children_of, clients_below, role_names, tier_of
+from splitllm.recipe import (
+    Recipe,
+    children_of,
+    client_cuts,
+    clients_below,
+    holders,
+    lora_of,
+    own_blocks,
+    role_names,
+    sharing,
+    tier_of,
+)
 from splitllm.roles.checks import Allowed, Child
+from splitllm.roles.worker import TENANT
 from splitllm.wire.assembling import Limits
 from splitllm.wire.frames import aligned
 
@@ -15,25 +31,22 @@ MIB = 2**20
 STATES = 4  # of an adapter tensor: itself, two moments, and a count of steps
 OF_MICRO_BATCH = 4  # tensors of its request
 INDEX_BYTES = 4
-PEFT_PREFIX = "base_model.model."
 
 
-def allowed(plan: Plan, name: str) -> Allowed:
+def allowed(plan: Plan, name: str, client: int | None = None) -> Allowed:
     """What the children of server `name` may send.
 
     Args:
         plan: of the run; shapes are worked out on the meta device.
         name: of the server.
+        client: in the lane of this one only; None: all together.
     """
     recipe = plan.recipe
-    shapes = adapter_shapes(plan.config, recipe.lora, plan.modules)
-    below = tier_of(recipe, name)[0]
-    names, counts = list(recipe.split.tiers), list(recipe.split.tiers.values())
-    tier_by_name = {tensor: _tier_holding(plan, tensor) for tensor in shapes}
-    summed = {tensor: shape for tensor, shape in shapes.items() if _below(tier_by_name[tensor], below, counts, True)}
-    normed = frozenset(tensor for tensor in shapes if _below(tier_by_name[tensor], below, counts, False))
+    children = [c for c in children_of(recipe, name) if client is None or client in clients_below(recipe, c)]
+    names = [name, *(role for child in children for role in _subtree(recipe, child))]
+    held = {role: held_by(plan, role) for role in names}
     return Allowed(
-        children={child: _child(recipe, child) for child in children_of(recipe, name)},
+        children={child: _in_lane(_child(plan, child, held), client) for child in children},
         steps=recipe.train.steps,
         accumulate=recipe.train.accumulate,
         rows=recipe.train.batch_size,
@@ -42,17 +55,59 @@ def allowed(plan: Plan, name: str) -> Allowed:
         vocabulary=plan.config.vocab_size,
         targets=recipe.split.labels == "cloud",
         packed=recipe.data.pack,
-        summed=summed,
-        normed=normed,
-        tiers={tier: {t: shapes[t] for t in shapes if names[tier_by_name[t]] == tier} for tier in names},
+        tiers={sharing(recipe, role): each.together for role, each in held.items()},
     )
+
+
+@dataclass(frozen=True)
+class Held:
+    """The adapter tensors of one role, by their names in an adapter file -> shape.
+
+    Attributes:
+        together: those that are trained together.
+        summed: the names of those among them that other roles hold as well.
+        own: client -> those that are its own.
+    """
+
+    together: Mapping[str, torch.Size]
+    summed: frozenset[str]
+    own: Mapping[int, Mapping[str, torch.Size]]
+
+
+def held_by(plan: Plan, name: str) -> Held:
+    """What a role holds."""
+    recipe, layers = plan.recipe, plan.config.num_hidden_layers
+    (start, stop), own, counts = plan.role_bounds[name], own_blocks(recipe, layers), holders(recipe, layers)
+    shapes = _shapes(plan)
+    blocks = {tensor: block_of(plan.config, in_model(tensor)) for tensor in shapes}
+    together = {t: shapes[t] for t, block in blocks.items() if start <= block < stop and block not in own}
+    first = dict.fromkeys(clients_below(recipe, name), start)
+    if tier_of(recipe, name)[0] > 0:
+        first = {client: max(start, client_cuts(recipe)[client]) for client in first}
+    mine = {client: _within(_shapes(plan, client), blocks, own, lowest, stop) for client, lowest in first.items()}
+    return Held(together, frozenset(t for t in together if counts[blocks[t]] > 1), mine if own else {})
+
+
+def _shapes(plan: Plan, client: int | None = None) -> dict[str, torch.Size]:
+    """Of the whole adapter that all train together, or of a client's own."""
+    lora = plan.recipe.lora if client is None else lora_of(plan.recipe, client)
+    return adapter_shapes(plan.config, lora, plan.modules)
+
+
+def _within(
+    shapes: Mapping[str, torch.Size], blocks: Mapping[str, int], own: range, start: int, stop: int
+) -> dict[str, torch.Size]:
+    return {tensor: shapes[tensor] for tensor, block in blocks.items() if start <= block < stop and block in own}
 
 
 def limits(plan: Plan) -> Limits:
     """Bytes of one envelope, at most: a micro-batch's activations, or the states of all adapters."""
-    shapes = adapter_shapes(plan.config, plan.recipe.lora, plan.modules)
-    states = sum(STATES * aligned(math.prod(shape) * _itemsize(plan.recipe)) for shape in shapes.values())
-    return Limits(payload_bytes=max(micro_batch_bytes(plan), states), tensors=STATES * len(shapes) + OF_MICRO_BATCH)
+    recipe = plan.recipe
+    owners = [None] if recipe.lora.adapters == "shared" else range(next(iter(recipe.split.tiers.values())))
+    shapes = [shape for owner in owners for shape in _shapes(plan, owner).values()]
+    states = sum(STATES * aligned(math.prod(shape) * _itemsize(recipe)) for shape in shapes)
+    tensors = STATES * len(shapes) + OF_MICRO_BATCH
+    return Limits(payload_bytes=max(micro_batch_bytes(plan), states), tensors=tensors)
 
 
 def micro_batch_bytes(plan: Plan) -> int:
@@ -70,7 +125,7 @@ def in_flight(plan: Plan, name: str) -> int:
     as the server's own question or answer and, between forward and backward, as the graph of the server's blocks.
     """
     recipe = plan.recipe
-    start, stop = plan.bounds[tier_of(recipe, name)[0]]
+    start, stop = plan.role_bounds[name]
     held = 2 * micro_batch_bytes(plan) + graph_bytes(plan, stop - start)
     affordable = recipe.wire.memory_mib * MIB // (held * len(clients_below(recipe, name)))
     return max(1, min(recipe.train.in_flight, affordable))
@@ -96,24 +151,41 @@ def _itemsize(recipe: Recipe) -> int:
     return 8 if recipe.model.dtype == "float64" else 4
 
 
-def _child(recipe: Recipe, name: str) -> Child:
-    clients = next(iter(role_names(recipe).values()))
-    return Child({number: clients[number] for number in clients_below(recipe, name)}, _subtree(recipe, name))
+def _child(plan: Plan, name: str, held: Mapping[str, Held]) -> Child:
+    """What a child speaks for: itself, and the roles below it."""
+    recipe = plan.recipe
+    clients, below = next(iter(role_names(recipe).values())), [held[role] for role in _subtree(recipe, name)]
+    together = {tensor: shape for each in below for tensor, shape in each.together.items()}
+    summed = {tensor for each in below for tensor in each.summed}
+    own: dict[int, dict[str, torch.Size]] = {}
+    for each in below:
+        for client, tensors in each.own.items():
+            own.setdefault(client, {}).update(tensors)
+    return Child(
+        clients={number: clients[number] for number in clients_below(recipe, name)},
+        roles={role: sharing(recipe, role) for role in _subtree(recipe, name)},
+        summed={tensor: shape for tensor, shape in together.items() if tensor in summed},
+        normed=frozenset(together.keys() - summed),
+        own={client: len(tensors) for client, tensors in own.items()},
+        adapter=together | {f"{TENANT}{c}/{t}": shape for c, tensors in own.items() for t, shape in tensors.items()},
+    )
 
 
-def _subtree(recipe: Recipe, name: str) -> dict[str, str]:
-    """A role and all below it -> their tiers."""
-    tier = list(role_names(recipe))[tier_of(recipe, name)[0]]
-    found = {name: tier}
-    for child in children_of(recipe, name):
-        found.update(_subtree(recipe, child))
-    return found
+def _in_lane(child: Child, client: int | None) -> Child:
+    """What it speaks for in the lane of one client."""
+    if client is None:
+        return child
+    name, own = child.clients[client], f"{TENANT}{client}/"
+    others = set(child.clients.values()) - {name}
+    return replace(
+        child,
+        clients={client: name},
+        roles={role: shares for role, shares in child.roles.items() if role not in others},
+        own={c: count for c, count in child.own.items() if c == client},
+        adapter={tensor: s for tensor, s in child.adapter.items() if tensor.startswith(own)},
+    )
 
 
-def _tier_holding(plan: Plan, tensor: str) -> int:
-    block = block_of(plan.config, tensor.removeprefix(PEFT_PREFIX))
-    return next(tier for tier, (start, stop) in enumerate(plan.bounds) if start <= block < stop)
-
-
-def _below(tier: int, server: int, counts: list[int], shared: bool) -> bool:
-    return tier < server and (counts[tier] > 1) == shared
+def _subtree(recipe: Recipe, name: str) -> list[str]:
+    """A role and all below it."""
+    return [name, *(role for child in children_of(recipe, name) for role in _subtree(recipe, child))]

@@ -7,7 +7,10 @@ import logging
 import time
 
 from splitllm.data.batching import BatchStream, eval_batches
-from splitllm.deployment.station import Options, Past, Station, Stop, Told, open_station, tell_above
+from splitllm.deployment.above import Told, tell_above
+from splitllm.deployment.past import Past
+from splitllm.deployment.station import Options, Station, open_station
+from splitllm.deployment.stop import Stop
 from splitllm.errors import DivergedError, RejoinError, RunInterrupted
 from splitllm.recipe import Recipe, tier_of, what_leaves_in_a_deployment
 from splitllm.roles.assembly import names_rows
@@ -51,7 +54,7 @@ async def _attend(station: Station) -> None:
         await _until_complete(Member(station, _client(station, past, uplink, told), past, stop), past, stop)
         complete = True
     except DivergedError as error:
-        await tell_above(uplink, station.name, error)
+        await tell_above(uplink, station.name, error, tier_of(station.recipe, station.name)[1])
         raise
     finally:
         await uplink.close(goodbye=complete)
@@ -127,7 +130,8 @@ class Member:
     async def _join(self) -> Begun:
         standing = await self._device.run(self._past.standing)
         header = {"standings": {self._client.name: standing.to_json()}}
-        reply = await self._client.uplink.request(self._client.message("join", (0, 0, 0), header))
+        place = (0, self._client.index, 0)
+        reply = await self._client.uplink.request(self._client.message("join", place, header))
         begun = Begun.from_reply(reply)
         decision, name = begun.decision, self._client.name
         self._client.generation = begun.number
@@ -135,7 +139,7 @@ class Member:
             await self._device.run(lambda: self._past.restore(decision.step))
         if decision.lacking:
             given = self._past.state() if name in decision.donors.values() else {}
-            reply = await self._client.uplink.request(self._client.message("share", (0, 0, 0), {}, given))
+            reply = await self._client.uplink.request(self._client.message("share", place, {}, given))
             if name in decision.lacking:
                 state = state_in(reply, self._past.adapter())
                 await self._device.run(lambda: self._past.adopt(decision.step, decision.origin, state))
@@ -149,11 +153,13 @@ class Member:
     async def _evaluate(self, step: int) -> None:
         report = await self._client.evaluate()
         losses = {self._client.index: report.sums()}
-        await self._client.uplink.request(self._client.message("evaluated", (step, 0, 0), {"losses": losses}))
+        await self._client.uplink.request(
+            self._client.message("evaluated", (step, self._client.index, 0), {"losses": losses})
+        )
 
     async def _finish(self) -> None:
         words = {self._client.name: self._past.closing_words()}
-        place = (self._recipe.train.steps, 0, 0)
+        place = (self._recipe.train.steps, self._client.index, 0)
         await self._client.uplink.request(self._client.message("finish", place, {"roles": words}, self._past.adapter()))
 
     def _say(self, step: int, report: StepReport, seconds: float) -> None:
@@ -178,7 +184,7 @@ def _client(station: Station, past: Past, uplink: RemoteLink, told: Told) -> Cli
         BatchStream(corpus.train[index], batch_size, recipe.seed, index),
         eval_batches(corpus.eval[index], batch_size),
         whole=False,
-        replicas=station.replicas,
+        summed=station.assembly().summed(past.worker),
         accumulate=told.accumulate,
         in_flight=told.in_flight,
         schedule=station.schedule,

@@ -17,10 +17,11 @@ from splitllm.errors import CheckpointError, RecipeError
 from splitllm.metrics import replace_text
 from splitllm.recipe import Recipe, changed_keys, dump_recipe, load_recipe, role_names
 from splitllm.recipe.digest import LOCAL_KEYS
+from splitllm.running.places import ADAPTER
 from splitllm.wire.issuing import issue
 
 RECIPE, DEPLOYMENT, CERTIFICATES = "recipe.yaml", "deployment.yaml", "certs"
-SUMMARY, ADAPTER = "summary.json", "adapter"
+SUMMARY = "summary.json"
 RESULTS = ("metrics.jsonl", ADAPTER, SUMMARY)  # in this order: the summary says that all is there
 HARMLESS = frozenset(key for key in LOCAL_KEYS if key.startswith(("train.", "wire.")))
 LOOPBACK = "127.0.0.1"

@@ -55,7 +55,17 @@ class Journal:
 
     def steps(self) -> list[int]:
         """Steps whose entries can be read back, newest first, at most `keep`; a damaged one is logged once."""
-        return [step for step in self._files() if self._sound(_name(step)) is not None][: self._keep]
+        return list(self.values())
+
+    def values(self) -> dict[int, dict[str, Any]]:
+        """Each of these steps, newest first -> the plain values that its entry holds."""
+        found = ((step, self._sound(_name(step))) for step in self._files())
+        sound = [(step, entry.values) for step, entry in found if entry is not None]
+        return dict(sound[: self._keep])
+
+    def newest_values(self) -> dict[str, Any]:
+        """The plain values of the newest entry; empty if there is none."""
+        return next(iter(self.values().values()), {})
 
     def write(self, step: int, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         """Remember a step; when this returns it is on the disk, and only the newest `keep` are left.
@@ -171,5 +181,6 @@ def _locked(folder: Path, role: str) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(lock)
-        raise CheckpointError(f"{folder}: another process runs {role} here; stop it, or give --output-dir") from error
+        complaint = f"another process uses this folder for {role}; stop that one, or give another --output-dir"
+        raise CheckpointError(f"{folder}: {complaint}") from error
     return lock

@@ -1,22 +1,37 @@
-"""What Prometheus can ask a server: requests, queue, batch fill, step time, bytes, children."""
+"""What Prometheus can ask a server: requests, queue, batches, step time, bytes, children, and what tenants cost."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from splitllm.recipe import host_and_port
+from splitllm.roles.account import Account
 from splitllm.wire.message import Message
 from splitllm.wire.sessions import Reception, Sessions
 
 logger = logging.getLogger(__name__)
 STEP_SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+
+
+@dataclass(frozen=True)
+class Metered(Reception):
+    """A reception that keeps an account.
+
+    Attributes:
+        account: of its tenants.
+        tenants: number of a client -> its name.
+    """
+
+    account: Account
+    tenants: Mapping[int, str]
 
 
 class Observer:
@@ -43,7 +58,9 @@ class Observer:
         ProcessCollector(registry=self.registry)
 
     def watched(self, reception: Reception) -> Reception:
-        """The same reception; what it answers is counted."""
+        """The same reception; what it answers is counted, and the account that it may keep can be asked for."""
+        if isinstance(reception, Metered):
+            self.registry.register(_Tenants(reception.account, reception.tenants))
 
         async def answer(message: Message) -> Message:
             self._came(message)
@@ -120,3 +137,35 @@ class _Children(Collector):
         connected = sum(session.connection is not None for session in sessions)
         yield from (refused, up, down)
         yield GaugeMetricFamily("splitllm_children_connected", "Children connected now", value=connected)
+
+
+class _Tenants(Collector):
+    """The account of a server, which starts anew with its process."""
+
+    def __init__(self, account: Account, names: Mapping[int, str]) -> None:
+        self._account, self._names = account, names
+
+    def collect(self) -> Iterator[Metric]:
+        """Called from the thread that answers Prometheus: reads copies only."""
+        account = self._account
+        tokens = CounterMetricFamily("splitllm_tenant_tokens", "Real tokens of a client", labels=["tenant"])
+        seconds = CounterMetricFamily("splitllm_tenant_device_seconds", "Of the device", labels=["tenant"])
+        moved = CounterMetricFamily("splitllm_tenant_bytes", "Of its tensors, as coded", labels=["tenant", "direction"])
+        for client, name in self._names.items():
+            tokens.add_metric([name], account.tokens.get(client, 0))
+            seconds.add_metric([name], account.seconds.get(client, 0.0))
+            moved.add_metric([name, "up"], account.up.get(client, 0))
+            moved.add_metric([name, "down"], account.down.get(client, 0))
+        yield from (tokens, seconds, moved)
+        yield from self._batches()
+
+    def _batches(self) -> Iterator[Metric]:
+        account, (size, padding) = self._account, self._account.last
+        positions = CounterMetricFamily("splitllm_batch_positions", "Positions of all batches", labels=["kind"])
+        positions.add_metric(["padding"], account.padding)
+        positions.add_metric(["token"], account.positions - account.padding)
+        yield positions
+        yield CounterMetricFamily("splitllm_batches", "Batches that the device ran", value=account.batches)
+        yield CounterMetricFamily("splitllm_batch_micro_batches", "In all batches", value=account.micro_batches)
+        yield GaugeMetricFamily("splitllm_batch_size", "Micro-batches of the last batch", value=size)
+        yield GaugeMetricFamily("splitllm_batch_padding_ratio", "Padding in the last batch's positions", value=padding)

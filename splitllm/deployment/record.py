@@ -6,24 +6,22 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
+from splitllm.deployment.past import HELD
 from splitllm.deployment.station import Station
 from splitllm.errors import DivergedError
 from splitllm.metrics import Metrics, replace_text
-from splitllm.model.export import save_adapter
-from splitllm.model.naming import names_in_unsplit, rename_tensors
 from splitllm.recipe import dump_recipe, what_leaves_in_a_deployment
 from splitllm.roles.server import StepSums
 from splitllm.roles.together import Tensors
-from splitllm.running.base import base_folder
-from splitllm.running.outcome import PACKAGES, RECIPE, adapter_config
+from splitllm.running.outcome import RECIPE
+from splitllm.running.places import ADAPTER
+from splitllm.running.results import export, summary_of
 from splitllm.running.state import Totals
 
 logger = logging.getLogger(__name__)
 MEMORY = {"rss_mib": "peak_rss_mib", "gpu_mib": "peak_gpu_mib"}
-HELD = "held: "
 LOSSES = ("loss_before", "loss_after")
 
 
@@ -108,33 +106,20 @@ class Record:
 
     def finish(self, words: Mapping[str, Any], adapter: Tensors) -> None:
         """Every role has come to the end: write the adapter and the summary, unless that was done already."""
-        folder = self._station.options.directory / "adapter"
-        if folder.exists() and (folder.parent / "summary.json").exists():
+        directory = self._station.options.directory
+        if (directory / ADAPTER).exists() and (directory / "summary.json").exists():
             return
-        plan, revision = self._station.plan, self._station.recipe.model.revision
-        base = base_folder(self._station.recipe, folder.parent)
-        modules = names_in_unsplit(base, plan.modules, revision)
-        save_adapter(folder, rename_tensors(adapter, modules), adapter_config(plan, base, modules))
-        summary = self._summary(words, adapter)
-        self._metrics.write_summary(summary)
-        logger.info("done", extra={"fields": {"adapter": str(folder), "loss": self.totals.loss_after}})
+        export(self._station.plan, directory, adapter)
+        leaves = what_leaves_in_a_deployment(self._station.recipe)
+        numbers = sum(tensor.numel() for tensor in adapter.values())
+        self._metrics.write_summary(summary_of(self.totals, numbers, memory_of(words), leaves))
+        logger.info("done", extra={"fields": {"adapter": str(directory / ADAPTER), "loss": self.totals.loss_after}})
 
-    def _summary(self, words: Mapping[str, Any], adapter: Tensors) -> dict[str, Any]:
-        totals = self.totals
-        return {
-            "eval_loss_before": totals.loss_before,
-            "eval_loss_after": totals.loss_after,
-            "train_tokens": totals.tokens,
-            "train_seconds": round(totals.seconds, 3),
-            "tokens_per_second": round(totals.tokens / max(totals.seconds, 1e-9), 1),
-            "wire_bytes_up": totals.bytes_up,
-            "wire_bytes_down": totals.bytes_down,
-            "trainable_parameters": sum(tensor.numel() for tensor in adapter.values()),
-            **{key: {role: said[word] for role, said in words.items() if word in said} for word, key in MEMORY.items()},
-            "held_mib": {role: _held(said) for role, said in words.items()},
-            "leaves_the_device": what_leaves_in_a_deployment(self._station.recipe),
-            "versions": {name: version(name) for name in PACKAGES},
-        }
+
+def memory_of(words: Mapping[str, Any]) -> dict[str, Any]:
+    """What every role says of its memory in its closing words, by their keys in the summary."""
+    peaks = {key: {role: said[word] for role, said in words.items() if word in said} for word, key in MEMORY.items()}
+    return {**peaks, "held_mib": {role: _held(said) for role, said in words.items()}}
 
 
 def _held(said: Mapping[str, float]) -> dict[str, float]:

@@ -13,15 +13,14 @@ from rich.text import Text
 
 from splitllm.deployment.child import Child
 from splitllm.deployment.crew import Crew
-from splitllm.deployment.folder import ADAPTER, SUMMARY, check_use, collect, held, prepare
+from splitllm.deployment.folder import SUMMARY, check_use, collect, held, prepare
 from splitllm.deployment.leash import Leash
 from splitllm.deployment.table import Overview, Screen
 from splitllm.errors import RecipeError, RunInterrupted
 from splitllm.metrics import human_bytes
-from splitllm.recipe import Recipe, role_names
+from splitllm.recipe import Recipe, command_of, role_names
 from splitllm.running.interrupt import StopSignal
-
-COMMANDS = ("client", "edge", "cloud")
+from splitllm.running.places import adapter_folders, where_next
 
 
 def up(recipe: Recipe, directory: Path, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def up(recipe: Recipe, directory: Path, *, resume: bool = False, console: Consol
             threads = recipe.train.threads or max(1, _cores() // sum(map(len, tiers)))
             _run(prepare(recipe, directory, threads), tiers, recipe, console, fresh=not resume)
         summary = collect(directory / top, directory)
-    for line in _closing_lines(directory, summary):
+    for line in _closing_lines(recipe, directory, summary):
         console.print(Text(line), soft_wrap=True)
     return summary
 
@@ -62,9 +61,7 @@ def _run(deployment: Path, tiers: list[list[str]], recipe: Recipe, console: Cons
     names = [name for tier in reversed(tiers) for name in tier]
     overview = Overview(names, recipe.train.steps, recipe.train.eval_every)
     leash = Leash()
-    children = [
-        [_child(deployment, number, len(tiers), name, leash) for name in tier] for number, tier in enumerate(tiers)
-    ]
+    children = [[_child(deployment, command_of(recipe, name), name, leash) for name in tier] for tier in tiers]
     crew = Crew(children, overview, Screen(overview, console), deployment.parent / names[0] / SUMMARY)
     with StopSignal() as stop:
         try:
@@ -81,17 +78,16 @@ def _run(deployment: Path, tiers: list[list[str]], recipe: Recipe, console: Cons
         )
 
 
-def _child(deployment: Path, tier: int, tiers: int, name: str, leash: Leash) -> Child:
+def _child(deployment: Path, command: str, name: str, leash: Leash) -> Child:
     directory = deployment.parent
-    command = COMMANDS[2 if tier + 1 == tiers else min(tier, 1)]
     words = [sys.executable, "-m", "splitllm", command, str(deployment), "--name", name]
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **leash.environment()}
     log = directory / f"{name}.log"
     return Child(name, [*words, "--output-dir", str(directory / name)], log, environment, [leash.child_end])
 
 
-def _closing_lines(directory: Path, summary: dict[str, Any]) -> list[str]:
-    adapter = directory / ADAPTER
+def _closing_lines(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> list[str]:
+    adapter = adapter_folders(recipe, directory)[0]
     base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     lines = [
         f"held-out loss: {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after (split run)",
@@ -105,9 +101,7 @@ def _closing_lines(directory: Path, summary: dict[str, Any]) -> list[str]:
     return [
         *lines,
         f"peak resident memory: {resident}",
-        f"adapter: {adapter}",
-        f"next: peft.PeftModel.from_pretrained(base_model, {str(adapter)!r}), or",
-        f"      splitllm merge {adapter} --base {base} --output-dir {directory / 'merged'}",
+        *where_next(recipe, directory, base),
     ]
 
 

@@ -24,6 +24,9 @@ from splitllm.model.families import layout_of
 from splitllm.model.loading import Checkpoint, load_config, quiet_transformers
 from splitllm.model.shard import meta_model
 
+PlainBatch = tuple[torch.Tensor, Sequence[int], torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""(ids_BS, lengths, positions_N, targets_N, position_ids_BS) of a micro-batch; positions count real tokens."""
+
 
 def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: LoraConfig) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, the folder whole or not at all.
@@ -159,16 +162,8 @@ def _copy_tokenizer(base: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def whole_model_loss(
-    model: nn.Module,
-    batches: Sequence[tuple[torch.Tensor, Sequence[int], torch.Tensor, torch.Tensor, torch.Tensor | None]],
-) -> float:
-    """Mean cross-entropy per predicted token by a plain forward of the unsplit model (no splitllm code in it).
-
-    Args:
-        model: a causal LM.
-        batches: of (ids_BS, lengths, positions_N, targets_N, position_ids_BS), positions counting real tokens.
-    """
+def whole_model_loss(model: nn.Module, batches: Sequence[PlainBatch]) -> tuple[float, int]:
+    """Summed cross-entropy and predicted tokens by a plain forward of the unsplit model (no splitllm code in it)."""
     total, labels = 0.0, 0
     with torch.no_grad():
         for ids_BS, lengths, positions_N, targets_N, position_ids_BS in batches:
@@ -177,4 +172,4 @@ def whole_model_loss(
             wide_NV = logits_TV[positions_N].to(torch.promote_types(logits_TV.dtype, torch.float32))
             total += float(F.cross_entropy(wide_NV, targets_N, reduction="sum"))
             labels += targets_N.numel()
-    return total / labels
+    return total, labels

@@ -69,6 +69,24 @@ REFUSALS: tuple[tuple[Callable[[PreTrainedConfig], object], str], ...] = (
     ),
 )
 
+DROPOUTS = (
+    *("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    *("attention_dropout", "embedding_dropout", "hidden_dropout", "residual_dropout"),
+)
+"""The settings of all families that are dropout rates of the decoder."""
+
+
+def dropouts(config: PreTrainedConfig) -> dict[str, float]:
+    """The base model's own dropout rates, by setting; those that are not 0."""
+    return {name: float(rate) for name in DROPOUTS if (rate := getattr(config, name, None))}
+
+
+def set_dropouts(config: PreTrainedConfig, rate: float) -> None:
+    """Give the base model this dropout rate, wherever it has one."""
+    for name in DROPOUTS:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, rate)
+
 
 def layout_of(config: PreTrainedConfig) -> Layout:
     """Where the parts of this configuration's model sit.

@@ -56,20 +56,23 @@ class Head(nn.Module):
         return self._shape(self.output(self.norm(hidden)))
 
     def loss(
-        self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, weight: float = 1.0
+        self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, weight: float | torch.Tensor = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy at labelled positions; never more than one chunk of logits is held.
 
         Args:
             hidden_ND: activations after the last block.
             targets_N: the token ids to be predicted.
-            weight: of one nat.
+            weight: of one nat; for each position [N], where they differ.
 
         Returns:
-            The weighted sum, to go backward from, and the plain sum in nats, detached; both at least fp32.
+            The weighted sum, to go backward from, and the nats of each position [N], detached; both at least fp32.
         """
-        weighted, total = _ChunkedLoss.apply(self.norm(hidden_ND), targets_N, self, weight)  # type: ignore[no-untyped-call]
-        return weighted, total
+        normed_ND = self.norm(hidden_ND)
+        wide = torch.promote_types(normed_ND.dtype, torch.float32)
+        weight_N = torch.as_tensor(weight, dtype=wide, device=normed_ND.device).expand(targets_N.shape[0])
+        weighted, nats_N = _ChunkedLoss.apply(normed_ND, targets_N, self, weight_N)  # type: ignore[no-untyped-call]
+        return weighted, nats_N
 
     def is_plain(self, normed_ND: torch.Tensor) -> bool:
         """Whether logits are the bare product, in full precision, on a CPU."""
@@ -124,20 +127,20 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, normed_ND: torch.Tensor, targets_N: torch.Tensor, head: Head, weight: float
+        ctx: Any, normed_ND: torch.Tensor, targets_N: torch.Tensor, head: Head, weight_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         gradient_ND = torch.empty_like(normed_ND) if normed_ND.requires_grad else None
-        total = normed_ND.new_zeros((), dtype=torch.promote_types(normed_ND.dtype, torch.float32))
+        nats_N = torch.empty_like(weight_N, memory_format=torch.contiguous_format)
         chunk_loss = _plain_chunk if head.is_plain(normed_ND) else _any_chunk
         size = head._chunk(normed_ND)
         for start in range(0, normed_ND.shape[0], size):
             chunk = slice(start, start + size)
             out_CD = None if gradient_ND is None else gradient_ND[chunk]
-            total += chunk_loss(head, normed_ND[chunk], targets_N[chunk], weight, out_CD)
+            nats_N[chunk] = chunk_loss(head, normed_ND[chunk], targets_N[chunk], weight_N[chunk], out_CD)
         if gradient_ND is not None:
             ctx.save_for_backward(gradient_ND)
-        ctx.mark_non_differentiable(total)
-        return total * weight, total
+        ctx.mark_non_differentiable(nats_N)
+        return (nats_N * weight_N).sum(), nats_N
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -146,19 +149,19 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _any_chunk(
-    head: Head, hidden_CD: torch.Tensor, targets_C: torch.Tensor, weight: float, out_CD: torch.Tensor | None
+    head: Head, hidden_CD: torch.Tensor, targets_C: torch.Tensor, weight_C: torch.Tensor, out_CD: torch.Tensor | None
 ) -> torch.Tensor:
-    """Summed loss of a chunk by autograd; the gradient of its weighted loss goes to `out_CD`."""
+    """Nats of a chunk's positions by autograd; the gradient of their weighted sum goes to `out_CD`."""
     with torch.enable_grad():
         leaf_CD = hidden_CD.detach().requires_grad_(out_CD is not None)
-        loss = _summed_loss(head._shape(head.output(leaf_CD)), targets_C)
+        nats_C = _nats(head._shape(head.output(leaf_CD)), targets_C)
     if out_CD is not None:
-        out_CD.copy_(torch.autograd.grad(loss, leaf_CD, torch.full_like(loss, weight))[0])
-    return loss.detach()
+        out_CD.copy_(torch.autograd.grad(nats_C, leaf_CD, weight_C.to(nats_C.dtype))[0])
+    return nats_C.detach()
 
 
 def _plain_chunk(
-    head: Head, hidden_CD: torch.Tensor, targets_C: torch.Tensor, weight: float, out_CD: torch.Tensor | None
+    head: Head, hidden_CD: torch.Tensor, targets_C: torch.Tensor, weight_C: torch.Tensor, out_CD: torch.Tensor | None
 ) -> torch.Tensor:
     """As `_any_chunk`, by the kernels that autograd would call, to the bit, but in memory that is used again."""
     matrix_VD, kernels = head.output.weight, torch.ops.aten
@@ -166,37 +169,37 @@ def _plain_chunk(
     logits_CV = torch.mm(hidden_CD, matrix_VD.t(), out=head.scratch.matrix("logits", *size))
     logarithms_CV = kernels._log_softmax.out(logits_CV, 1, False, out=head.scratch.matrix("logarithms", *size))
     index_C1 = targets_C.unsqueeze(1)
-    loss: torch.Tensor = -logarithms_CV.gather(1, index_C1).sum()
+    nats_C: torch.Tensor = -logarithms_CV.gather(1, index_C1).squeeze(1)
     if out_CD is not None:
-        upward_CV = logits_CV.zero_().scatter_(1, index_C1, -weight)
+        upward_CV = logits_CV.zero_().scatter_(1, index_C1, -weight_C.unsqueeze(1).to(size[2]))
         kernels._log_softmax_backward_data.out(upward_CV, logarithms_CV, 1, size[2], out=logarithms_CV)
         torch.mm(logarithms_CV, matrix_VD, out=out_CD)
-    return loss
+    return nats_C
 
 
-def _summed_loss(logits_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+def _nats(logits_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
     """Cross-entropy by the very kernels that the unsplit model would use, half precision by a cheaper way."""
     if logits_CV.dtype in (torch.float32, torch.float64):
-        return F.cross_entropy(logits_CV, targets_C, reduction="sum")
-    summed: torch.Tensor = _HalfPrecisionLoss.apply(logits_CV, targets_C)  # type: ignore[no-untyped-call]
-    return summed
+        return F.cross_entropy(logits_CV, targets_C, reduction="none")
+    nats_C: torch.Tensor = _HalfPrecisionLoss.apply(logits_CV, targets_C)  # type: ignore[no-untyped-call]
+    return nats_C
 
 
 class _HalfPrecisionLoss(torch.autograd.Function):
-    """Summed cross-entropy in fp32 of half-precision logits, whose gradient is made in place of the probabilities."""
+    """Cross-entropy in fp32 of half-precision logits, whose gradient is made in place of the probabilities."""
 
     @staticmethod
     def forward(ctx: Any, logits_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
         logarithms_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
         index_C1 = targets_C.unsqueeze(1)
-        total = -logarithms_CV.gather(1, index_C1).sum()
+        nats_C = -logarithms_CV.gather(1, index_C1).squeeze(1)
         ctx.save_for_backward(logarithms_CV, index_C1)
         ctx.dtype = logits_CV.dtype
-        return total
+        return nats_C
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         logarithms_CV, index_C1 = ctx.saved_tensors
         gradient_CV = logarithms_CV.exp_()  # the probabilities, less 1 at the target; nobody else reads them
         gradient_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=torch.float32))
-        return (gradient_CV * outputs[0]).to(ctx.dtype), None
+        return (gradient_CV * outputs[0].unsqueeze(1)).to(ctx.dtype), None

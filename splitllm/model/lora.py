@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import cast_adapter_dtype, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -15,7 +16,9 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from splitllm.errors import RecipeError
+from splitllm.model.dropout import AdapterDropout
 from splitllm.model.families import layout_of
+from splitllm.model.naming import PREFIX
 from splitllm.model.randomness import seed_of
 from splitllm.model.shard import Shard, meta_model
 from splitllm.recipe import LoraRecipe
@@ -112,11 +115,31 @@ def add_lora(shard: Shard, lora: LoraRecipe, modules: Sequence[str], seed: int) 
     cast_adapter_dtype(shard.model, ADAPTER, autocast_adapter_dtype=True)
     for name, parameter in adapter_parameters(shard).items():
         if ".lora_A." in name:
-            start = torch.empty(parameter.shape, dtype=torch.float32)
-            generator = torch.Generator().manual_seed(seed_of("lora_A", seed, name))
-            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-            parameter.data.copy_(start)
+            parameter.data.copy_(initial_a(name, parameter.shape, seed))
+    if lora.dropout:
+        for name in own:
+            module = shard.model.get_submodule(name)
+            assert isinstance(module, LoraLayer)
+            module.lora_dropout[ADAPTER] = AdapterDropout(lora.dropout, name, block_of(config, name), shard.key)
     shard.train(training)
+
+
+def initial_a(name: str, shape: Sequence[int], seed: int) -> torch.Tensor:
+    """The initial A, fp32, as PEFT draws it but keyed.
+
+    Args:
+        name: in an adapter file.
+        shape: rank and width in.
+        seed: of the run.
+    """
+    start = torch.empty(tuple(shape), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed_of("lora_A", seed, name))
+    return nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+
+
+def scaling_of(lora: LoraRecipe) -> float:
+    """What the low-rank product is multiplied by: alpha / r, for rsLoRA alpha / sqrt(r) (arXiv 2312.03732)."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
 def adapter_parameters(shard: Shard) -> dict[str, nn.Parameter]:
@@ -136,7 +159,17 @@ def _adapter_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return {peft_name(name): parameter for name, parameter in named if f".{ADAPTER}" in name and ".lora_" in name}
 
 
+def adapter_dtype(weights: torch.dtype) -> torch.dtype:
+    """Of adapters over weights of a dtype: fp32 over half precision, as PEFT has it."""
+    return torch.float32 if weights in (torch.float16, torch.bfloat16) else weights
+
+
+def in_model(name: str) -> str:
+    """A name in an adapter file without PEFT's prefix."""
+    return name.removeprefix(PREFIX)
+
+
 def peft_name(name: str) -> str:
     """A parameter's name in `adapter_model.safetensors` (DoRA's magnitude is stored without `.weight`)."""
     bare = name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
-    return "base_model.model." + re.sub(r"lora_magnitude_vector\.weight$", "lora_magnitude_vector", bare)
+    return PREFIX + re.sub(r"lora_magnitude_vector\.weight$", "lora_magnitude_vector", bare)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 
@@ -28,9 +29,22 @@ def pad(hidden_TD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     return padded_BSD
 
 
+def beside(above: torch.Tensor | None, below: torch.Tensor) -> torch.Tensor:
+    """Two right-padded batches [B, S, ...] as one, the shorter padded further; None stands for no rows."""
+    if above is None:
+        return below
+    longest = max(above.shape[1], below.shape[1])
+    return torch.cat([_widened(above, longest), _widened(below, longest)])
+
+
 def unpad(hidden_BSD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """A right-padded batch [B, S, D] to its real tokens [T, D]."""
     flat = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
     if flat.shape[0] == sum(lengths):
         return flat
     return flat.index_select(0, real_positions(lengths, flat.device))
+
+
+def _widened(batch_BSX: torch.Tensor, length: int) -> torch.Tensor:
+    missing = length - batch_BSX.shape[1]
+    return F.pad(batch_BSX, (0, 0) * (batch_BSX.dim() - 2) + (0, missing)) if missing else batch_BSX

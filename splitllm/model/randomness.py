@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from splitllm.model.joined import Joined
 
 EMBEDDINGS = -1  # stands for the embedding dropout, which lies below block 0
 
@@ -28,16 +31,27 @@ def seed_of(*key: int | str) -> int:
 
 @dataclass
 class DropoutKey:
-    """What the dropout masks of the micro-batch now being computed are keyed by; one a shard.
+    """What the dropout masks of the batch now being computed are keyed by; one a shard.
 
-    Set `micro_batch` before every forward and backward (activation checkpointing draws again in the backward).
+    Set it before every forward and backward (activation checkpointing draws again in the backward).
+
+    Attributes:
+        seed: of the run.
+        micro_batch: the only one of the batch; None if it has several, whose base model must not drop anything.
+        joined: all of the batch, where it is more than a bare call of the shard.
     """
 
     seed: int
     micro_batch: MicroBatchId | None = None
+    joined: Joined | None = None
+
+    def begin(self, joined: Joined) -> None:
+        """Key what is computed from here on by the micro-batches of this batch."""
+        self.joined = joined
+        self.micro_batch = joined.members[0].micro_batch if len(joined.members) == 1 else None
 
     def reseed(self, layer: int) -> None:
-        """Start the masks of one layer."""
+        """Start the base model's masks of one layer."""
         if self.micro_batch is None:
             return
         seed = seed_of("dropout", self.seed, *self.micro_batch, layer)

@@ -10,6 +10,8 @@ Shape suffixes: B rows, S padded length, T real tokens of the batch, D hidden wi
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -200,18 +202,31 @@ class Shard(nn.Module):
         assert self.embeddings is not None, "only a shard that starts at block 0 embeds tokens"
         return self.embeddings(ids_BS)
 
-    def blocks(self, hidden_BSD: torch.Tensor, position_ids_BS: torch.Tensor | None = None) -> torch.Tensor:
-        """Run this shard's blocks.
+    def blocks(
+        self,
+        hidden_BSD: torch.Tensor,
+        position_ids_BS: torch.Tensor | None = None,
+        start: int | None = None,
+        stop: int | None = None,
+    ) -> torch.Tensor:
+        """Run this shard's blocks, or some of them.
 
         Args:
             hidden_BSD: embedded tokens, or the activations that came over the cut, right-padded.
             position_ids_BS: restart at 0 with every document of a packed row; None otherwise.
+            start: the first block that runs; None for this shard's first.
+            stop: the block after the last that runs; None for this shard's.
 
         Returns:
-            Activations after the last block of this shard, before the final norm, [B, S, D].
+            Activations after the last of these blocks, before the final norm, [B, S, D].
         """
-        if self.start == self.stop:
+        start, stop = self.start if start is None else start, self.stop if stop is None else stop
+        if start == stop:
             return hidden_BSD
+        with self._only(start, stop):
+            return self._run(hidden_BSD, position_ids_BS)
+
+    def _run(self, hidden_BSD: torch.Tensor, position_ids_BS: torch.Tensor | None) -> torch.Tensor:
         base: nn.Module = getattr(self.model, self.layout.base)
         entry = getattr(base, self.layout.blocks)[0]
         inputs_BSD = hidden_BSD
@@ -224,6 +239,19 @@ class Shard(nn.Module):
                 entry.hidden_BSD = None
         out_BSD: torch.Tensor = result.last_hidden_state
         return out_BSD
+
+    @contextmanager
+    def _only(self, start: int, stop: int) -> Iterator[None]:
+        """Meanwhile the blocks of this shard outside `start` to `stop - 1` are transparent."""
+        blocks = getattr(getattr(self.model, self.layout.base), self.layout.blocks)
+        aside = {layer: blocks[layer] for layer in range(self.start, self.stop) if not start <= layer < stop}
+        for layer, block in aside.items():
+            blocks[layer] = Passthrough(block)
+        try:
+            yield
+        finally:
+            for layer, block in aside.items():
+                blocks[layer] = block
 
     def forward(self, inputs: torch.Tensor, position_ids_BS: torch.Tensor | None = None) -> torch.Tensor:
         """Token ids [B, S] (a shard that starts at 0) or activations [B, S, D] to activations, or logits [B, S, V]."""

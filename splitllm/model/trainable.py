@@ -22,10 +22,13 @@ class OrderedSum:
         self._early: dict[MicroBatchId, Tensors] = {}
         self._total: Tensors | None = None
 
-    def add(self, micro_batch: MicroBatchId, gradients: Tensors) -> None:
-        """Take one micro-batch's gradients; those that came too early wait."""
-        assert micro_batch in self._missing and micro_batch not in self._early, micro_batch
-        self._early[micro_batch] = gradients
+    def add(self, micro_batches: Sequence[MicroBatchId], gradients: Tensors) -> None:
+        """Take the gradients of micro-batches that ran together: they count where the lowest of them does."""
+        assert all(each in self._missing for each in micro_batches), micro_batches
+        first = min(micro_batches)
+        self._missing = [each for each in self._missing if each == first or each not in micro_batches]
+        assert first not in self._early, first
+        self._early[first] = gradients
         while self._missing and self._missing[-1] in self._early:
             self._fold(self._early.pop(self._missing.pop()))
 
@@ -59,8 +62,8 @@ class Trainable:
         """Open a step: these micro-batches will come."""
         self._sum = OrderedSum(ids)
 
-    def collect(self, micro_batch: MicroBatchId) -> None:
-        """Take what the backward of one micro-batch left on the parameters."""
+    def collect(self, micro_batches: Sequence[MicroBatchId]) -> None:
+        """Take what the backward of micro-batches that ran together left on the parameters."""
         if not self.parameters:
             return
         assert self._sum is not None
@@ -68,7 +71,7 @@ class Trainable:
         for name, parameter in self.parameters.items():
             gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = None
-        self._sum.add(micro_batch, gradients)
+        self._sum.add(micro_batches, gradients)
 
     def gradients(self) -> Tensors:
         """The step's summed gradients of this role."""

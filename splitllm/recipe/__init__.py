@@ -1,6 +1,16 @@
 """What the user asks for: the recipe, read from YAML with overrides. Loads no torch."""
 
 from splitllm.recipe.addresses import host_and_port
+from splitllm.recipe.cuts import (
+    client_cuts,
+    goes_by_lanes,
+    holders,
+    lora_of,
+    own_blocks,
+    role_bounds,
+    sharing,
+    tier_bounds,
+)
 from splitllm.recipe.digest import fingerprint, start_digest
 from splitllm.recipe.loading import (
     changed_keys,
@@ -9,16 +19,27 @@ from splitllm.recipe.loading import (
     what_leaves_in_a_deployment,
     what_leaves_the_device,
 )
-from splitllm.recipe.roles import children_of, clients_below, parent_of, role_in_tier, role_names, tier_of
+from splitllm.recipe.roles import (
+    children_of,
+    clients_below,
+    command_of,
+    parent_of,
+    role_in_tier,
+    role_names,
+    tier_of,
+)
 from splitllm.recipe.schema import (
     DataRecipe,
     LoraRecipe,
     ModelRecipe,
     OptimizerRecipe,
     PartitionRecipe,
+    QuotaRecipe,
     Recipe,
     ScheduleRecipe,
+    ServerRecipe,
     SplitRecipe,
+    TenantRecipe,
     TrainRecipe,
     WireRecipe,
 )
@@ -29,22 +50,34 @@ __all__ = [
     "ModelRecipe",
     "OptimizerRecipe",
     "PartitionRecipe",
+    "QuotaRecipe",
     "Recipe",
     "ScheduleRecipe",
+    "ServerRecipe",
     "SplitRecipe",
+    "TenantRecipe",
     "TrainRecipe",
     "WireRecipe",
     "changed_keys",
     "children_of",
+    "client_cuts",
     "clients_below",
+    "command_of",
     "dump_recipe",
     "fingerprint",
+    "goes_by_lanes",
+    "holders",
     "host_and_port",
     "load_recipe",
+    "lora_of",
+    "own_blocks",
     "parent_of",
+    "role_bounds",
     "role_in_tier",
     "role_names",
+    "sharing",
     "start_digest",
+    "tier_bounds",
     "tier_of",
     "what_leaves_in_a_deployment",
     "what_leaves_the_device",

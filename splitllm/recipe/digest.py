@@ -19,6 +19,7 @@ LOCAL_KEYS = frozenset(
         *("data.source", "data.eval", "data.fields", "data.limit"),
         *("train.threads", "train.checkpoint_every", "train.keep", "train.log_every", "train.trackers"),
         *("train.verify_adapter", "wire.addresses", "wire.certificates", "wire.memory_mib", "wire.keepalive"),
+        *("server.quota.tokens_per_second", "server.quota.bytes_per_second", "server.tenants"),
     }
 )
 """Paths, names of fields, limits of a machine and what it writes down: these may differ between machines."""

@@ -114,6 +114,10 @@ Betas = Annotated[tuple[Probability, Probability], _allows("two numbers from 0 t
 Cuts = Annotated[
     tuple[NonNegative, ...], AfterValidator(_rising), _allows("block numbers from 1 that rise strictly, such as [2, 4]")
 ]
+ClientCuts = Annotated[
+    dict[str, Annotated[int, Strict(), Field(ge=1), _allows("a block number of at least 1")]],
+    _mapping("a mapping of clients to block numbers, such as {client-1: 4}"),
+]
 Tiers = Annotated[dict[str, int], BeforeValidator(_tiers)]
 TierNames = Annotated[tuple[Text, ...], Field(min_length=1), _allows("a list of tier names, such as [edge, cloud]")]
 Targets = Annotated[

@@ -62,8 +62,14 @@ def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield from leaves(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            yield f"{prefix}{name}", {key: _plain(entry) for key, entry in value.items()}
         else:
             yield f"{prefix}{name}", value
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
 def what_leaves_the_device(recipe: Recipe) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -47,6 +47,8 @@ def _line(root: type[BaseModel], location: Location, kind: str, message: str, va
             remedy = f"use {message}{_or_null(root, location)}"
         case "literal_error" | "model_type" | "model_attributes_type":
             remedy = f"use {_wanted(root, location)}{_or_null(root, location)}"
+        case "dict_type":
+            remedy = f"use a mapping of names, each with {_wanted(root, (*location, 'name'))}"
         case _:
             remedy = message
     return f"{key}: {shown(value)} is not allowed; {remedy}"
@@ -92,10 +94,16 @@ def _or_null(root: type[BaseModel], location: Location) -> str:
 
 def _section(root: type[BaseModel], location: Location) -> type[BaseModel] | None:
     """The model at a path of keys; None where the path leads to a value."""
-    section = root
+    kind: Any = root
     for name in location:
-        field = section.model_fields.get(name)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if get_origin(kind) is dict:  # of names to sections
+            kind = get_args(kind)[1]
+        elif _is_section(kind) and name in kind.model_fields:
+            kind = kind.model_fields[name].annotation
+        else:
             return None
-        section = field.annotation
-    return section
+    return kind if _is_section(kind) else None
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -39,6 +39,18 @@ def tier_of(recipe: Recipe, name: str) -> tuple[int, int]:
     return found
 
 
+def command_of(recipe: Recipe, name: str) -> str:
+    """The command that runs a role: `client` in the lowest tier, `cloud` in the highest, `edge` between them.
+
+    Raises:
+        RecipeError: `split.tiers` has no role `name`.
+    """
+    tier, _ = tier_of(recipe, name)
+    if tier == 0:
+        return "client"
+    return "cloud" if tier + 1 == len(recipe.split.tiers) else "edge"
+
+
 def role_in_tier(recipe: Recipe, place: str, name: str | None) -> str:
     """The role meant by one of the commands client (`bottom`), edge (`middle`) and cloud (`top`).
 

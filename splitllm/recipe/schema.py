@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from splitllm.recipe.kinds import (
     Addresses,
     Betas,
+    ClientCuts,
     Codec,
     Count,
     Cuts,
@@ -47,32 +48,54 @@ class Section(BaseModel):
 
 
 class ModelRecipe(Section):
-    """The base model. With `random` (config overrides), `base` gives the config only and weights come from the seed."""
+    """The base model. With `random` (config overrides), `base` gives the config only and weights come from the seed.
+
+    `dropout` replaces the base model's own rates; null keeps them.
+    """
 
     base: Text = Field(description="a model folder or hub name")
     revision: Text | None = None
     tokenizer: Text | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     attention: Text | None = None
+    dropout: Probability | None = None
     random: Mapping | None = None
 
 
 class SplitRecipe(Section):
-    """Where the model is cut: tiers bottom-up with their counts, the first block of each tier above the bottom one."""
+    """Where the model is cut: tiers bottom-up with their counts, the first block of each tier above the bottom one.
+
+    `client_cuts` are the first blocks above single clients, where they are not the first of `cuts`.
+    """
 
     tiers: Tiers = Field(description="tiers bottom-up with their counts, such as {client: 4, edge: 2, cloud: 1}")
     cuts: Cuts = ()
+    client_cuts: ClientCuts = Field(default_factory=dict)
     labels: Literal["client", "cloud"] = Field(description="client (target token ids stay) or cloud (they leave)")
 
 
+class ClientLoraRecipe(Section):
+    """What of `lora` is another for one client; null: as for all."""
+
+    rank: Count | None = None
+    alpha: Count | None = None
+    dropout: Probability | None = None
+
+
 class LoraRecipe(Section):
-    """What trains: LoRA, rsLoRA or DoRA on the modules `targets` (null: PEFT's table for the family)."""
+    """What trains: LoRA, rsLoRA or DoRA on the modules `targets` (null: PEFT's table for the family).
+
+    `adapters`: one for all (`shared`), each client its own (`per_client`), or its own below the deepest cut only
+    (`common`). `clients` may differ in rank, alpha and dropout where each has its own.
+    """
 
     rank: Count = 8
     alpha: Count = 16
     dropout: Probability = 0.0
     targets: Targets | None = None
     tiers: TierNames | None = None
+    adapters: Literal["shared", "per_client", "common"] = "shared"
+    clients: dict[str, ClientLoraRecipe] = Field(default_factory=dict)
     rslora: Switch = False
     dora: Switch = False
     start_from: Text | None = None
@@ -140,6 +163,32 @@ class TrainRecipe(Section):
     verify_adapter: Switch = False
 
 
+class QuotaRecipe(Section):
+    """What a server takes from a client in a second, and sends it; null: as much as comes."""
+
+    tokens_per_second: Positive | None = None
+    bytes_per_second: Positive | None = None
+
+
+class TenantRecipe(QuotaRecipe):
+    """One client, as its servers see it: its own quota (null: that of `server.quota`), and its weight among others."""
+
+    weight: Positive = 1.0
+
+
+class ServerRecipe(Section):
+    """How servers compute what their clients send. `tokens` are positions of a batch, padding included."""
+
+    batching: Literal["none", "synchronous", "continuous"] = "none"
+    tokens: Count = 4096
+    wait: NotNegative = 0.0
+    starve: Positive = 10.0
+    gradient_wait: NotNegative = 0.5
+    memory_mib: Count | None = None
+    quota: QuotaRecipe = Field(default_factory=QuotaRecipe)
+    tenants: dict[str, TenantRecipe] = Field(default_factory=dict)
+
+
 class WireRecipe(Section):
     """Roles on several machines. Memory is in MiB, times are in seconds; `up` and `down` are codecs."""
 
@@ -163,6 +212,7 @@ class Recipe(Section):
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
     data: DataRecipe
     train: TrainRecipe = Field(default_factory=TrainRecipe)
+    server: ServerRecipe = Field(default_factory=ServerRecipe)
     wire: WireRecipe = Field(default_factory=WireRecipe)
 
     @model_validator(mode="after")
@@ -178,6 +228,15 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yields what is wrong between keys that are right by themselves: the keys involved and the complaint."""
     yield from _split_misfits(recipe.split, recipe.lora)
     yield from _data_misfits(recipe.data)
+    if recipe.server.batching == "continuous" and recipe.lora.adapters != "per_client":
+        why = "lets clients go at their own pace, which needs lora.adapters: per_client"
+        advice = f"not {recipe.lora.adapters}, where they step together; use synchronous"
+        yield ("server.batching", "lora.adapters"), f"server.batching: continuous {why}, {advice}"
+    if recipe.wire.absent == "drop" and (recipe.split.client_cuts or recipe.lora.adapters != "shared"):
+        keys3 = ("wire.absent", "split.client_cuts", "lora.adapters")
+        why = "a client that was left out takes over the state of another, and here nobody holds the same"
+        yield keys3, f"wire.absent: 'drop' needs lora.adapters: shared and no split.client_cuts: {why}; use wait"
+    yield from _server_misfits(recipe.server, recipe.split)
     yield from _wire_misfits(recipe.wire, recipe.split)
     steps, schedule = recipe.train.steps, recipe.train.schedule
     if schedule.warmup_steps > steps:
@@ -194,10 +253,55 @@ def _split_misfits(split: SplitRecipe, lora: LoraRecipe) -> Iterator[tuple[tuple
     if len(split.cuts) != wanted:
         advice = f"{len(split.tiers)} tiers ({names}) need {wanted} cut{'' if wanted == 1 else 's'}"
         yield ("split.cuts", "split.tiers"), f"split.cuts: {list(split.cuts)} has {len(split.cuts)}; {advice}"
+    yield from _client_cut_misfits(split, lora)
     for name in lora.tiers or ():
         if name not in split.tiers:
             keys = ("lora.tiers", "split.tiers")
             yield keys, f"lora.tiers: {name!r} is not a tier of split.tiers; use some of {names}"
+
+
+def _client_cut_misfits(split: SplitRecipe, lora: LoraRecipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    clients = dict(list(split.tiers.items())[:1])
+    above = split.cuts[1] if len(split.cuts) > 1 else None
+    for name, cut in split.client_cuts.items():
+        keys: tuple[str, ...] = ("split.client_cuts", "split.tiers", "split.cuts")
+        place = f"split.client_cuts.{name}"
+        if len(split.tiers) == 1:
+            yield keys, f"{place}: with one tier nothing is cut; leave it out"
+        elif find_role(clients, name) is None:
+            yield keys, f"{place}: {name!r} is not a client of split.tiers; use some of {known_roles(clients)}"
+        elif above is not None and cut >= above:
+            yield keys, f"{place}: {cut} leaves nothing to the tier above, which ends before block {above}; use less"
+    yield from _client_lora_misfits(clients, lora)
+    keys = ("split.client_cuts", "lora.tiers")
+    if split.client_cuts and lora.tiers is not None:
+        yield keys, "lora.tiers: with split.client_cuts a block may be on two tiers; leave one of the two out"
+    if lora.adapters == "shared":
+        return
+    place = f"lora.adapters: {lora.adapters}"
+    if lora.dora:
+        why = "cannot be had with lora.dora, which scales the product of all tenants"
+        yield ("lora.adapters", "lora.dora"), f"{place} {why}; use dora: false"
+    if len(split.tiers) == 1:
+        why = "needs a server that several clients share"
+        yield ("lora.adapters", "split.tiers"), f"{place} {why}; use two tiers or more, or shared"
+
+
+def _client_lora_misfits(clients: dict[str, int], lora: LoraRecipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    for name, own in lora.clients.items():
+        place = f"lora.clients.{name}"
+        if find_role(clients, name) is None:
+            keys: tuple[str, ...] = ("lora.clients", "split.tiers")
+            yield keys, f"{place}: {name!r} is not a client of split.tiers; use some of {known_roles(clients)}"
+        elif lora.adapters != "per_client":
+            keys = ("lora.clients", "lora.adapters")
+            yield (
+                keys,
+                f"{place}: needs lora.adapters: per_client, not {lora.adapters}, where clients train one adapter",
+            )
+        elif lora.start_from is not None and own.rank not in (None, lora.rank):
+            keys = ("lora.clients", "lora.start_from", "lora.rank")
+            yield keys, f"{place}.rank: {own.rank} is not that of lora.start_from ({lora.rank}); leave one of them out"
 
 
 _FIELDS = {"prompt_completion": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
@@ -225,6 +329,18 @@ def _data_misfits(data: DataRecipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if by == "file" and any(source.startswith(("builtin:", "hub:")) for source in sources):
         keys = ("data.partition.by", "data.source")
         yield keys, f"{keys[0]}: 'file' needs local files, not {sources[0]}; use iid, dirichlet or field"
+
+
+def _server_misfits(server: ServerRecipe, split: SplitRecipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    clients = dict(list(split.tiers.items())[:1])
+    for name in server.tenants:
+        if find_role(clients, name) is None:
+            keys: tuple[str, ...] = ("server.tenants", "split.tiers")
+            place = f"server.tenants.{name}"
+            yield keys, f"{place}: {name!r} is not a client of split.tiers; use some of {known_roles(clients)}"
+    if server.memory_mib is not None and len(split.tiers) == 1:
+        keys = ("server.memory_mib", "split.tiers")
+        yield keys, f"server.memory_mib: {server.memory_mib} is of a server, and with one tier there is none; use null"
 
 
 def _wire_misfits(wire: WireRecipe, split: SplitRecipe) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -8,25 +8,47 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import get_scheduler
 
 from splitllm.data.batching import BatchStream, eval_batches
 from splitllm.data.corpus import Corpus
 from splitllm.model.export import load_adapter
 from splitllm.model.loading import Checkpoint
-from splitllm.model.lora import adapter_parameters, add_lora
+from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, block_of, in_model
 from splitllm.model.naming import in_text_model
 from splitllm.model.shard import Shard
-from splitllm.model.trainable import Trainable
-from splitllm.recipe import Recipe, ScheduleRecipe, children_of, parent_of
+from splitllm.model.tenants import Tenants
+from splitllm.model.trainable import Tensors, Trainable
+from splitllm.policy.batching import Budget
+from splitllm.recipe import (
+    Recipe,
+    ScheduleRecipe,
+    children_of,
+    client_cuts,
+    clients_below,
+    holders,
+    lora_of,
+    own_blocks,
+    parent_of,
+    tier_of,
+)
+from splitllm.roles.admission import batch_sizes
+from splitllm.roles.batcher import Alone, Synchronous
 from splitllm.roles.client import Client
+from splitllm.roles.continuous import Continuous
+from splitllm.roles.device import Device, Inline
+from splitllm.roles.runner import Batching, Runner
 from splitllm.roles.server import Counts, LossWeights, Server, StepSums, Top, unobserved
-from splitllm.roles.worker import Autocast, Worker
+from splitllm.roles.together import ADAPTER_SLOT
+from splitllm.roles.worker import TENANT, Autocast, Worker
 from splitllm.wire.codecs import codec
 from splitllm.wire.coding import Coding
 from splitllm.wire.link import LocalLink, Traffic
 
 MIB = 2**20
+UNLIMITED = 1 << 62
+BATCH_OVERHEAD = 16  # positions that take about as long as what a batch costs beside its positions
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -49,23 +71,23 @@ class Roles:
         flat = [link.traffic for links in self.links.values() for link in links]
         return Traffic(sum(t.up for t in flat), sum(t.down for t in flat))
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Adapter and optimiser of every tier; replicas hold the same, so one of each stands for all."""
-        tensors: dict[str, torch.Tensor] = {}
-        for replicas in self.workers.values():
-            tensors.update(next(iter(replicas.values())).trainable.state())
+    def state(self) -> Tensors:
+        """Adapters and optimisers; roles that hold the same tensor hold the same values, so one stands for all."""
+        tensors: Tensors = {}
+        for workers in self.workers.values():
+            for worker in workers.values():
+                tensors.update(worker.state())
         return tensors
 
-    def adapter(self) -> dict[str, torch.Tensor]:
-        """The adapter of the whole model, by the names that an adapter file has."""
-        prefix = "adapter/"
-        return {name.removeprefix(prefix): t for name, t in self.state().items() if name.startswith(prefix)}
+    def adapter(self) -> Tensors:
+        """What trains of the whole model, as `adapter_in` names it."""
+        return adapter_in(self.state())
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put a state on every role."""
-        for replicas in self.workers.values():
-            for worker in replicas.values():
-                worker.trainable.load(tensors)
+        for workers in self.workers.values():
+            for worker in workers.values():
+                worker.load(tensors)
 
 
 @dataclass(frozen=True)
@@ -99,7 +121,7 @@ class Assembly:
         corpus: every client's examples.
         checkpoint: of the base model.
         modules: what LoRA adapts.
-        bounds: of every tier.
+        bounds: of every role, as in `recipe.role_bounds`.
         schedule: step -> multiplier of the learning rate.
         site: this process among its peers; by default the only one, on the CPU.
     """
@@ -108,15 +130,17 @@ class Assembly:
     corpus: Corpus
     checkpoint: Checkpoint
     modules: Sequence[str]
-    bounds: Sequence[tuple[int, int]]
+    bounds: Mapping[str, tuple[int, int]]
     schedule: Callable[[int], float]
     site: Site = field(default_factory=Site)
 
     def __post_init__(self) -> None:
         """Nothing is loaded before `build`."""
         self.tiers, self.counts = list(self.recipe.split.tiers), list(self.recipe.split.tiers.values())
+        layers = self.checkpoint.config.num_hidden_layers
+        self.own, self._holders = own_blocks(self.recipe, layers), holders(self.recipe, layers)
         self.roles = Roles()
-        self.first: dict[str, Shard] = {}
+        self._bare: dict[tuple[int, tuple[int, int]], Shard] = {}
 
     def build(self) -> Roles:
         """Load the shards and tie the roles together, from the top down."""
@@ -132,7 +156,6 @@ class Assembly:
             [self._role(tiers - 2, index) for index in below],
             self.worker(tiers - 1, 0),
             self.top(),
-            replicas=self.site.size,
         )
         parents = dict.fromkeys(below, top)
         for tier in range(tiers - 2, 0, -1):
@@ -150,37 +173,37 @@ class Assembly:
                 [self._role(tier - 1, child) for child in children],
                 self.worker(tier, index),
                 self._link(tier, index, parent),
-                replicas=self.counts[tier],
             )
             below.update(dict.fromkeys(children, server))
         return below
 
-    def _server(
-        self, name: str, children: list[str], worker: Worker | None, above: LocalLink | Top, replicas: int = 1
-    ) -> Server:
+    def _server(self, name: str, children: list[str], worker: Worker | None, above: LocalLink | Top) -> Server:
         return Server(
             name,
             children,
             worker,
             uplink=above if isinstance(above, LocalLink) else None,
             top=above if isinstance(above, Top) else None,
-            replicas=replicas,
+            summed=self.summed(worker),
+            entries=entries_of(self.recipe, name) if worker is not None else {},
             schedule=self.schedule,
+            batching=batching_of(self.recipe, worker, Inline()) if worker is not None else None,
         )
 
     def _clients(self, indices: Sequence[int], parents: Mapping[int, Server]) -> None:
-        train = self.recipe.train
+        train, rows = self.recipe.train, batch_sizes(self.recipe, self.checkpoint.config, self.modules)
         for index in indices:
-            stream = BatchStream(self.corpus.train[index], train.batch_size, self.recipe.seed, index)
+            stream = BatchStream(self.corpus.train[index], rows[index], self.recipe.seed, index)
+            worker = self.worker(0, index)
             client = Client(
                 self._role(0, index),
                 index,
-                self.worker(0, index),
+                worker,
                 self._link(0, index, parents[index]),
                 stream,
-                eval_batches(self.corpus.eval[index], train.batch_size),
+                eval_batches(self.corpus.eval[index], rows[index]),
                 whole=len(self.tiers) == 1,
-                replicas=self.counts[0],
+                summed=self.summed(worker),
                 accumulate=train.accumulate,
                 in_flight=train.in_flight,
                 schedule=self.schedule,
@@ -189,20 +212,28 @@ class Assembly:
             self.roles.clients.append(client)
 
     def worker(self, tier: int, index: int) -> Worker:
-        """One role's shard with its adapter; replicas of a tier share the frozen weights."""
-        name = self.tiers[tier]
-        shard = self.first[name].replica() if name in self.first else self._shard(tier)
-        self.first.setdefault(name, shard)
-        trainable = Trainable(adapter_parameters(shard), self.recipe.train.optimizer)
-        worker = Worker(shard, trainable, self.site.device, self.site.autocast)
-        self.roles.workers.setdefault(name, {})[self._role(tier, index)] = worker
+        """One role's shard with its adapters; roles that hold the same blocks share the frozen weights."""
+        name, bounds = self._role(tier, index), self.bounds[self._role(tier, index)]
+        if (tier, bounds) not in self._bare:
+            self._bare[tier, bounds] = self._shard(tier, bounds)
+        shard = self._bare[tier, bounds].replica()
+        together = {} if tier == 0 and self.own else self._adapter(shard)
+        own = self._own(shard, tier, index) if self.own else {}
+        worker = Worker(shard, self._trainable(together), self.site.device, self.site.autocast, own)
+        self.roles.workers.setdefault(self.tiers[tier], {})[name] = worker
         return worker
 
-    def _shard(self, tier: int) -> Shard:
-        """One tier's shard with its adapter; the head sits where the loss is computed."""
-        recipe, (start, stop) = self.recipe, self.bounds[tier]
+    def summed(self, worker: Worker | None) -> frozenset[str]:
+        """Names of a role's adapter tensors whose gradients are summed with those of other roles."""
+        names = worker.trainable.parameters if worker is not None else {}
+        config = self.checkpoint.config
+        return frozenset(name for name in names if self._holders[block_of(config, in_model(name))] > 1)
+
+    def _shard(self, tier: int, bounds: tuple[int, int]) -> Shard:
+        """The frozen part of one tier's shard; the head sits where the loss is computed."""
+        recipe, (start, stop) = self.recipe, bounds
         labels_tier = 0 if recipe.split.labels == "client" else len(self.tiers) - 1
-        shard = Shard.cut(
+        return Shard.cut(
             self.checkpoint,
             start,
             stop,
@@ -210,21 +241,42 @@ class Assembly:
             dtype=DTYPES[recipe.model.dtype],
             attention=recipe.model.attention,
             seed=recipe.seed,
-        )
-        add_lora(shard, recipe.lora, self.modules, recipe.seed)
-        self._start_from(shard)
-        if recipe.train.activation_checkpointing:
-            shard.checkpoint_activations()
-        return shard.to(self.site.device)
+        ).to(self.site.device)
 
-    def _start_from(self, shard: Shard) -> None:
-        """Start from an existing adapter instead of a new one."""
-        if self.recipe.lora.start_from is None:
-            return
-        _, stored = load_adapter(Path(self.recipe.lora.start_from))
-        tensors = in_text_model(stored, shard.layout)
-        for name, parameter in adapter_parameters(shard).items():
-            parameter.data.copy_(tensors[name])
+    def _adapter(self, shard: Shard) -> dict[str, nn.Parameter]:
+        """Put the adapter that roles train together into a shard."""
+        recipe, config = self.recipe, self.checkpoint.config
+        add_lora(shard, recipe.lora, [n for n in self.modules if block_of(config, n) not in self.own], recipe.seed)
+        return self._ready(shard, adapter_parameters(shard))
+
+    def _own(self, shard: Shard, tier: int, index: int) -> dict[int, Trainable]:
+        """Put the adapters that are clients' own into a shard: a client's, or those of all clients below a server."""
+        recipe = self.recipe
+        if tier == 0:
+            add_lora(shard, lora_of(recipe, index), self.modules, recipe.seed)
+            return {index: self._trainable(self._ready(shard, adapter_parameters(shard)))}
+        tenants = Tenants(shard, self.modules, self.own, recipe.seed)
+        dtype = adapter_dtype(DTYPES[recipe.model.dtype])
+        found, cuts = {}, client_cuts(recipe)
+        for client in clients_below(recipe, self._role(tier, index)):
+            parameters = tenants.add(client, cuts[client], lora_of(recipe, client), dtype, self.site.device)
+            found[client] = self._trainable(self._ready(shard, parameters))
+        return found
+
+    def _trainable(self, parameters: Mapping[str, nn.Parameter]) -> Trainable:
+        return Trainable(parameters, self.recipe.train.optimizer)
+
+    def _ready(self, shard: Shard, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Adapter parameters where they train, as the run starts them: new, or from an existing adapter."""
+        if self.recipe.lora.start_from is not None:
+            _, stored = load_adapter(Path(self.recipe.lora.start_from))
+            tensors = in_text_model(stored, shard.layout)
+            for name, parameter in parameters.items():
+                parameter.data.copy_(tensors[name])
+        if self.recipe.train.activation_checkpointing:
+            shard.checkpoint_activations()
+        shard.to(self.site.device)
+        return parameters
 
     def top(self, observe: Callable[[int, StepSums], None] = unobserved) -> Top:
         """What only the highest role decides."""
@@ -257,6 +309,40 @@ def coding_of(recipe: Recipe, name: str) -> Coding:
         ends += len(children_of(recipe, name)) * codec(wire.down).feedback
         ends += (parent_of(recipe, name) is not None) * codec(wire.up).feedback
     return Coding(wire.up, wire.down, wire.feedback_mib * MIB // max(1, ends))
+
+
+def batching_of(recipe: Recipe, worker: Worker, device: Device) -> Batching:
+    """What runs the micro-batches of a server."""
+    server, runner = recipe.server, Runner(worker, device)
+    budget = Budget(server.tokens, UNLIMITED, server.wait, server.starve, overhead=BATCH_OVERHEAD)
+    if server.batching == "continuous":
+        return Continuous(runner, budget, server.gradient_wait)
+    return Synchronous(runner, budget) if server.batching == "synchronous" else Alone(runner)
+
+
+def entries_of(recipe: Recipe, name: str) -> dict[int, int]:
+    """The cut layer of every client of a server right above the clients; elsewhere all enter at the bottom."""
+    if tier_of(recipe, name)[0] != 1:
+        return {}
+    cuts = client_cuts(recipe)
+    return {client: cuts[client] for client in clients_below(recipe, name)}
+
+
+def adapter_in(state: Mapping[str, torch.Tensor]) -> Tensors:
+    """What trains, out of a state: by the names of an adapter file, a client's own behind `tenant/CLIENT/`."""
+    found = {}
+    for key, tensor in state.items():
+        tenant, slot, name = _key_parts(key)
+        if slot == ADAPTER_SLOT:
+            found[tenant + name] = tensor
+    return found
+
+
+def _key_parts(key: str) -> tuple[str, str, str]:
+    """Tenant with its slash or nothing, slot, and name."""
+    tenant = "/".join(key.split("/", 2)[:2]) + "/" if key.startswith(TENANT) else ""
+    slot, _, name = key.removeprefix(tenant).partition("/")
+    return tenant, slot, name
 
 
 def names_rows(recipe: Recipe) -> bool:

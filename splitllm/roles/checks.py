@@ -28,11 +28,19 @@ class Child:
 
     Attributes:
         clients: the numbers of the clients whose branch goes through it -> their names.
-        roles: itself and all below it -> their tiers.
+        roles: itself and all below it -> with whom they can exchange their states: their tiers, or nobody else.
+        summed: adapter tensors held there whose gradients are summed over roles -> shape.
+        normed: names of the others that are trained together.
+        own: client -> how many tensors of its own adapter are held there.
+        adapter: what is held there of the adapter -> shape; a client's own tensors behind `tenant/CLIENT/`.
     """
 
     clients: Mapping[int, str]
     roles: Mapping[str, str]
+    summed: Mapping[str, torch.Size]
+    normed: frozenset[str]
+    own: Mapping[int, int]
+    adapter: Mapping[str, torch.Size]
 
     @property
     def tiers(self) -> set[str]:
@@ -54,9 +62,7 @@ class Allowed:
         vocabulary: token ids are below it.
         targets: whether the labels go up.
         packed: whether rows may carry position ids.
-        summed: adapter tensors of the tiers below whose replicas' gradients are summed -> shape.
-        normed: names of the other adapter tensors of the tiers below.
-        tiers: tier -> its adapter tensors -> shape; empty for a tier that trains nothing.
+        tiers: those who can exchange their states -> their adapter tensors that are trained together -> shape.
     """
 
     children: Mapping[str, Child]
@@ -68,8 +74,6 @@ class Allowed:
     vocabulary: int
     targets: bool
     packed: bool
-    summed: Mapping[str, torch.Size]
-    normed: frozenset[str]
     tiers: Mapping[str, Mapping[str, torch.Size]]
 
     def check(self, message: Message) -> None:
@@ -169,13 +173,16 @@ def _backward(allowed: Allowed, _child: Child, message: Message) -> None:
     _floats(message, "gradient_ND", (shape[0], allowed.width))
 
 
-def _close(allowed: Allowed, child: Child, message: Message) -> None:
-    norms = _mapping(message, "norms")
-    _need(set(norms) == allowed.normed, message, "not the norms that are due")
-    fits = all(norm is None or (is_number(norm) and 0 <= norm <= LARGEST_NORM) for norm in norms.values())
-    _need(fits, message, "squared norms that are none")
-    _need(set(message.tensors) == set(allowed.summed), message, "not the gradients that are due")
-    for name, shape in allowed.summed.items():
+def _close(_allowed: Allowed, child: Child, message: Message) -> None:
+    norms, own = _mapping(message, "norms"), _mapping(message, "own")
+    _need(set(norms) == child.normed, message, "not the norms that are due")
+    _need(all(map(_is_norm, norms.values())), message, "squared norms that are none")
+    for client, each in own.items():
+        _need(_is_client(client, child), message, f"norms of client {client[:20]!r}, which is not below it")
+        fits = isinstance(each, list) and len(each) == child.own.get(int(client)) and all(map(_is_norm, each))
+        _need(fits, message, f"not the norms that are due of client {client}")
+    _need(set(message.tensors) == set(child.summed), message, "not the gradients that are due")
+    for name, shape in child.summed.items():
         _floats(message, name, shape)
     _losses(child, message)
     crossed = _mapping(message, "bytes")
@@ -188,15 +195,14 @@ def _evaluated(_allowed: Allowed, child: Child, message: Message) -> None:
     _losses(child, message)
 
 
-def _finish(allowed: Allowed, child: Child, message: Message) -> None:
+def _finish(_allowed: Allowed, child: Child, message: Message) -> None:
     words = _mapping(message, "roles")
     _need(set(words) <= set(child.roles), message, "closing words of roles that are not below it")
     for said in words.values():
         fits = isinstance(said, dict) and len(said) <= 16 and all(is_number(value) for value in said.values())
         _need(fits, message, "closing words that are no numbers")
-    due = {name: shape for tier in child.tiers for name, shape in allowed.tiers[tier].items()}
-    _need(set(message.tensors) == set(due), message, "not the adapter of the tiers below")
-    for name, shape in due.items():
+    _need(set(message.tensors) == set(child.adapter), message, "not the adapter that is held there")
+    for name, shape in child.adapter.items():
         _floats(message, name, shape)
 
 
@@ -257,6 +263,10 @@ def _integers(message: Message, name: str, shape: tuple[int, ...], below: int) -
 
 def _whole(value: Any, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
+
+
+def _is_norm(value: Any) -> bool:
+    return value is None or (is_number(value) and 0 <= value <= LARGEST_NORM)
 
 
 def _is_state(value: Any, last: int) -> bool:

@@ -7,15 +7,16 @@ Shape suffixes: B rows, S padded length, T real tokens, N labelled positions, D 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from splitllm.data.batching import BatchStream, MicroBatch
+from splitllm.model.joined import Rows
 from splitllm.model.randomness import MicroBatchId
-from splitllm.model.trainable import squared_norms
+from splitllm.roles.closing import Closing, Settled, apply
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.together import (
     Crossed,
@@ -24,12 +25,11 @@ from splitllm.roles.together import (
     finite,
     gathered,
     is_loss,
-    is_number,
     no_commit,
     travelled,
     weights_in,
 )
-from splitllm.roles.worker import Pass, Worker
+from splitllm.roles.worker import Ask, Pass, Worker
 from splitllm.wire.link import Link
 from splitllm.wire.message import Kind, Message
 
@@ -66,7 +66,7 @@ class Client:
         stream: its training micro-batches.
         evaluation: its held-out micro-batches.
         whole: its shard is the whole model.
-        replicas: how many roles hold the same adapter.
+        summed: names of the adapter tensors that other roles hold as well, whose gradients are summed.
         accumulate: micro-batches a step.
         in_flight: micro-batches under way at once.
         schedule: step -> multiplier of the learning rate.
@@ -89,7 +89,7 @@ class Client:
         evaluation: Sequence[MicroBatch],
         *,
         whole: bool,
-        replicas: int,
+        summed: Collection[str],
         accumulate: int,
         in_flight: int,
         schedule: Callable[[int], float],
@@ -98,7 +98,7 @@ class Client:
         commit: Callable[[int, int], None] = no_commit,
     ) -> None:
         self.name, self.index, self.worker, self.uplink = name, index, worker, uplink
-        self.stream, self.evaluation, self.whole, self.replicas = stream, evaluation, whole, replicas
+        self.stream, self.evaluation, self.whole, self.summed = stream, evaluation, whole, frozenset(summed)
         self.accumulate, self.in_flight, self.schedule = accumulate, in_flight, schedule
         self.name_rows = name_rows
         self.device, self.commit, self.generation = device or Inline(), commit, 0
@@ -139,7 +139,7 @@ class Client:
 
     async def _open(self, ids: Sequence[MicroBatchId], labels: list[int]) -> float:
         """Announce the step's label counts; learn what one nat of this client's loss weighs."""
-        self.worker.trainable.expect(ids)
+        self.worker.expect(ids)
         reply = await self.uplink.request(self.message("open", ids[0], {"labels": {self.index: labels}}))
         return weights_in(reply, [self.index])[self.index]
 
@@ -158,13 +158,13 @@ class Client:
             reply = await self.uplink.request(self.message("backward", micro_batch, {}, {"gradient_ND": gradient_ND}))
         if run.output_TD.requires_grad:
             gradient_TD = expected(reply, "gradient_TD", tuple(run.output_TD.shape))
-            await self.device.run(lambda: self.worker.backward(run, gradient_TD), urgent=True)
+            await self.device.run(lambda: self.worker.backward([run], [gradient_TD]), urgent=True)
         return loss_value
 
     def _train_whole(self, micro_batch: MicroBatchId, batch: MicroBatch, weight: float) -> float:
         run = self._forward(micro_batch, batch, train=True)
         weighted, loss = self._head_loss(self._labelled(run, batch), batch, weight)
-        self.worker.backward(run, torch.ones_like(weighted), weighted)
+        self.worker.backward([run], [torch.ones_like(weighted)], outputs=[weighted])
         return float(loss)
 
     async def _evaluate(self, micro_batch: MicroBatchId, batch: MicroBatch) -> float:
@@ -179,9 +179,8 @@ class Client:
         return await self.device.run(lambda: float(self._head_loss(rows_ND, batch)[1]))
 
     def _forward(self, micro_batch: MicroBatchId, batch: MicroBatch, *, train: bool) -> Pass:
-        return self.worker.forward(
-            micro_batch, batch.ids_BS, batch.lengths, batch.position_ids_BS, train=train, input_gradient=False
-        )
+        rows = Rows(micro_batch, tuple(batch.lengths))
+        return self.worker.forward([Ask(rows, batch.ids_BS, batch.position_ids_BS, train=train)])[0]
 
     def _labelled(self, run: Pass, batch: MicroBatch) -> torch.Tensor:
         return run.output_TD.index_select(0, batch.positions_N.to(self.worker.device))
@@ -209,7 +208,9 @@ class Client:
         head = self.worker.shard.head
         assert head is not None
         with torch.set_grad_enabled(rows_ND.requires_grad), self.worker.autocast():
-            return head.loss(rows_ND.to(self.worker.device), batch.targets_N.to(self.worker.device), weight)
+            device = self.worker.device
+            weighted, nats_N = head.loss(rows_ND.to(device), batch.targets_N.to(device), weight)
+        return weighted, nats_N.sum()
 
     def _loss_gradient(self, rows_ND: torch.Tensor, batch: MicroBatch, weight: float) -> tuple[float, torch.Tensor]:
         rows_ND = rows_ND.to(self.worker.device).detach().requires_grad_()
@@ -218,24 +219,15 @@ class Client:
         return float(loss), gradient_ND
 
     async def _close(self, first: MicroBatchId, report: StepReport) -> float:
-        """Hand in norms, or gradients where other clients hold the same adapter; then step."""
-        own = self.worker.trainable.gradients()
-        shared = self.replicas > 1
-        header = {
-            "norms": {} if shared else {name: finite(norm) for name, norm in squared_norms(own).items()},
-            "losses": {self.index: report.sums()},
-            "bytes": {self.name: self._crossed.since_asked()},
-        }
-        reply = await self.uplink.request(self.message("close", first, header, own if shared else {}))
-        gradients = (
-            {name: expected(reply, name, tuple(tensor.shape)) for name, tensor in own.items()} if shared else own
-        )
-        norm, factor = (float(answered(reply, key, is_number)) for key in ("norm", "factor"))
-        rate = self.schedule(first.step)
+        """Hand in norms, or gradients where other roles hold the same adapter; then step."""
+        closing = Closing(losses={self.index: report.sums()}, crossed={self.name: self._crossed.since_asked()})
+        closing.hand_in(self.worker, self.summed, [self.index])
+        reply = await self.uplink.request(self.message("close", first, closing.header(), closing.sums))
+        settled, rate = Settled.from_reply(reply, closing), self.schedule(first.step)
 
-        def apply() -> None:
-            self.worker.trainable.apply(gradients, factor, rate)
+        def job() -> None:
+            apply(self.worker, settled, rate)
             self.commit(first.step + 1, self.generation)
 
-        await self.device.run(apply)
-        return norm
+        await self.device.run(job)
+        return settled.norm

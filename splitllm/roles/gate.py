@@ -23,6 +23,7 @@ from splitllm.roles.meeting import Meeting
 from splitllm.roles.order import Order
 from splitllm.roles.parts import Part, part_of
 from splitllm.roles.recovery import Decision, Standing, decide, standings_from_json
+from splitllm.roles.runner import Batching
 from splitllm.roles.server import Server
 from splitllm.roles.together import Tensors, state_in
 from splitllm.wire.message import Message
@@ -40,6 +41,7 @@ class Gate:
         summit: at the top only.
         patience: seconds after which a child that is away is left out; None to wait for ever.
         finished_at: the last step, where the run was complete before this process started.
+        lane: the client that this is the gate of, where each has one of its own (`lanes.py`).
 
     Attributes:
         children: names of the roles below.
@@ -57,8 +59,9 @@ class Gate:
         summit: Summit | None = None,
         patience: float | None = None,
         finished_at: int | None = None,
+        lane: int = 0,
     ) -> None:
-        self.server, self.past, self.allowed, self.summit = server, past, allowed, summit
+        self.server, self.past, self.allowed, self.summit, self.lane = server, past, allowed, summit, lane
         self.children = list(allowed.children)
         self.members: list[str] = []
         self.finished = asyncio.Event()
@@ -78,6 +81,19 @@ class Gate:
         self._parts: dict[str, Part] = {}
         self._order = Order(0)
         self._look_later()
+
+    @property
+    def batching(self) -> Batching | None:
+        """What runs the server's micro-batches."""
+        return self.server.batching
+
+    def check(self, message: Message) -> None:
+        """Look at a request, by what the recipe allows.
+
+        Raises:
+            PeerError: it is not allowed.
+        """
+        self.allowed.check(message)
 
     async def handle(self, message: Message) -> Message:
         """Answer one request of a child.
@@ -226,7 +242,7 @@ class Gate:
         """Nobody is left below: the roles above go on without this branch."""
         assert self.server.uplink is not None
         with contextlib.suppress(RejoinError):  # restarted, it waits for this branch as long as for any
-            await self.server.uplink.request(self.server.message("join", (0, 0, 0), {"standings": {}}))
+            await self.server.uplink.request(self.server.message("join", (0, self.lane, 0), {"standings": {}}))
         self._stands_aside = True
 
     def _settled(self, task: asyncio.Task[None]) -> None:
@@ -258,7 +274,7 @@ class Gate:
         header = {"standings": {name: standing.to_json() for name, standing in standings.items()}}
         while True:
             try:
-                reply = await self.server.uplink.request(self.server.message("join", (0, 0, 0), header))
+                reply = await self.server.uplink.request(self.server.message("join", (0, self.lane, 0), header))
             except RejoinError:  # the role above was restarted while it gathered
                 continue
             return Begun.from_reply(reply)
@@ -279,7 +295,7 @@ class Gate:
         if name in decision.donors.values():
             states.update(self.past.state())
         if self.server.uplink is not None:
-            reply = await self.server.uplink.request(self.server.message("share", (0, 0, 0), {}, states))
+            reply = await self.server.uplink.request(self.server.message("share", (0, self.lane, 0), {}, states))
             states = dict(reply.tensors)
             if name in decision.lacking:
                 own = state_in(reply, self.past.adapter())
@@ -296,13 +312,14 @@ class Gate:
             self.summit.evaluated(step, losses)
         else:
             assert self.server.uplink is not None
-            await self.server.uplink.request(self.server.message("evaluated", (step, 0, 0), {"losses": losses}))
+            await self.server.uplink.request(self.server.message("evaluated", (step, self.lane, 0), {"losses": losses}))
         return lambda message: self.server.message("evaluated", message.micro_batch)
 
     async def _finish(self, messages: list[Message]) -> Callable[[Message], Message]:
-        """Of every tier one role's adapter goes up, and of every role its closing words."""
-        adapter, words = dict(messages[0].tensors), dict[str, Any]()
+        """The adapters of all below go up, of replicas one, and of every role its closing words."""
+        adapter, words = Tensors(), dict[str, Any]()
         for message in messages:
+            adapter.update(message.tensors)
             words.update(message.header["roles"])
         adapter.update(self.past.adapter())
         words[self.server.name] = self.past.closing_words()

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from splitllm.errors import PeerError
-from splitllm.wire.message import Message
-
-TOGETHER = frozenset({"share", "open", "close", "evaluated", "finish"})
+from splitllm.wire.message import TOGETHER, Message
 
 
 class Order:

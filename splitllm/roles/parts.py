@@ -62,10 +62,16 @@ def _of_clients(key: str) -> Callable[[Part, Message], None]:
     return check
 
 
+def _close(part: Part, message: Message) -> None:
+    _of_clients("losses")(part, message)
+    odd = {int(client) for client in message.header["own"]} - part.clients
+    _need(not odd, message, f"norms of clients {sorted(odd)}, which take no part")
+
+
 _CHECKS: dict[str, Callable[[Part, Message], None]] = {
     "share": _share,
     "open": _of_clients("labels"),
-    "close": _of_clients("losses"),
+    "close": _close,
     "evaluated": _of_clients("losses"),
 }
 

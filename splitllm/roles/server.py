@@ -5,31 +5,34 @@ Shape suffixes: T real tokens of a micro-batch, N labelled positions, D hidden w
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from splitllm.errors import DivergedError, PeerError
+from splitllm.errors import PeerError
+from splitllm.model.joined import Rows
 from splitllm.model.randomness import MicroBatchId
-from splitllm.model.trainable import Tensors, clip_factor, squared_norms
+from splitllm.model.trainable import Tensors
+from splitllm.roles.batcher import Alone
+from splitllm.roles.closing import Closing, Settled, apply, scale_of, settle
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.meeting import Meeting
+from splitllm.roles.questions import LossAsk, Upward, labelled
+from splitllm.roles.runner import Batching, Runner
 from splitllm.roles.together import (
     Crossed,
-    add_into,
     answered,
     expected,
     finite,
     is_loss,
-    is_number,
     no_commit,
     travelled,
     weights_in,
 )
-from splitllm.roles.worker import Pass, Worker
+from splitllm.roles.worker import Ask, Pass, Worker
 from splitllm.wire.link import Link, Traffic
 from splitllm.wire.message import Kind, Message
 
@@ -84,9 +87,11 @@ class Server:
         worker: its shard; None for a mere coordinator of whole-model clients.
         uplink: to the role above; None at the top.
         top: what the highest role decides; None below the top.
-        replicas: how many roles hold the same adapter as this one.
+        summed: names of the adapter tensors that other roles hold as well, whose gradients are summed.
+        entries: client -> its cut layer, of those that are cut above the first block here.
         schedule: step -> multiplier of the learning rate.
         device: where it computes.
+        batching: runs its micro-batches; None to run each alone.
         commit: called with the number of steps done and the generation, once a step is applied and before anybody is
             told.
 
@@ -102,16 +107,20 @@ class Server:
         *,
         uplink: Link | None = None,
         top: Top | None = None,
-        replicas: int = 1,
+        summed: Collection[str] = (),
+        entries: Mapping[int, int] | None = None,
         schedule: Callable[[int], float],
         device: Device | None = None,
+        batching: Batching | None = None,
         commit: Callable[[int, int], None] = no_commit,
     ) -> None:
         assert (uplink is None) != (top is None), "a server has a role above it or is the top"
         self.name, self.worker, self.uplink, self.top = name, worker, uplink, top
-        self.replicas, self.schedule = replicas, schedule
+        self.summed, self.entries, self.schedule = frozenset(summed), entries or {}, schedule
         self.device, self.commit = device or Inline(), commit
+        self.batching = batching or (Alone(Runner(worker, self.device)) if worker is not None else None)
         self.crossed = Crossed(uplink.traffic if uplink is not None else Traffic())
+        self._waiting: dict[MicroBatchId, tuple[Pass, torch.Tensor, int]] = {}
         self.begin(children, 0)
 
     def begin(self, children: Sequence[str], generation: int) -> None:
@@ -119,7 +128,10 @@ class Server:
         self.generation = generation
         self._opening, self._closing = Meeting(children, self._open), Meeting(children, self._close)
         self._weights: LossWeights = {}
-        self._waiting: dict[MicroBatchId, tuple[Pass, torch.Tensor, int]] = {}
+        self._scales: dict[int, float] = {}
+        for run, _, _ in self._waiting.values():
+            self._need_batching().abandon(run)
+        self._waiting = {}
         self._due: dict[MicroBatchId, str] = {}
         self._begun: set[MicroBatchId] = set()
 
@@ -161,8 +173,10 @@ class Server:
             due.update(dict.fromkeys(ids, message.sender))
             counts.update(own)
         self._weights = await self._loss_weights(messages[0], counts)
-        if self.worker is not None:
-            self.worker.trainable.expect(list(due))
+        self._scales = {client: scale_of(self._weights[client], sum(labels)) for client, labels in counts.items()}
+        if self.worker is not None and self.batching is not None:
+            self.worker.expect(list(due))
+            self.batching.expect(list(due))
             self._due, self._begun = due, set()
         header = {"weights": self._weights}
         return lambda message: self.message("open", message.micro_batch, header)
@@ -199,11 +213,11 @@ class Server:
         if missing:
             raise PeerError(f"{message.sender} closes step {message.step}, but {missing[0]} has no gradient yet")
 
-    def _pass(self, message: Message) -> Pass:
-        return self._need_worker().forward(
-            MicroBatchId(*message.micro_batch),
+    def _ask(self, message: Message) -> Ask:
+        micro_batch = MicroBatchId(*message.micro_batch)
+        return Ask(
+            Rows(micro_batch, tuple(message.header["lengths"]), self.entries.get(micro_batch.client, 0)),
             message.tensors["hidden_TD"],
-            message.header["lengths"],
             message.tensors.get("position_ids_BS"),
             train=bool(message.header["train"]),
             input_gradient=bool(message.header["input_gradient"]),
@@ -211,43 +225,35 @@ class Server:
 
     async def _loss(self, message: Message) -> tuple[torch.Tensor | None, float]:
         """At the top: forward, loss and backward at once."""
-        worker, train = self._need_worker(), bool(message.header["train"])
-        head = worker.shard.head
-        assert head is not None
-        weight = self._weights[message.micro_batch[1]] if train else 1.0
-
-        def job() -> tuple[torch.Tensor | None, float]:
-            run = self._pass(message)
-            rows_ND, targets_N = self._labelled(run.output_TD, message), message.tensors["targets_N"]
-            with torch.set_grad_enabled(rows_ND.requires_grad), worker.autocast():
-                weighted, loss = head.loss(rows_ND, targets_N.to(worker.device).long(), weight)
-            gradient = worker.backward(run, torch.ones_like(weighted), weighted) if train else None
-            return gradient, float(loss)
-
-        return await self.device.run(job)
+        ask = self._ask(message)
+        weight = self._weights[ask.rows.micro_batch.client] if ask.train else 1.0
+        tensors = message.tensors
+        return await self._need_batching().loss(LossAsk(ask, tensors["positions_N"], tensors["targets_N"], weight))
 
     async def _loss_above(self, message: Message) -> tuple[torch.Tensor | None, float]:
         """Below the top: forward, the question upwards, and backward with its answer."""
         assert self.uplink is not None
-        worker = self._need_worker()
-        run = await self.device.run(lambda: self._pass(message))
-        reply = await self.uplink.request(self._onward(message, run))
-        loss = travelled(answered(reply, "loss", is_loss))
-        if not run.output_TD.requires_grad:
-            return None, loss
-        gradient_TD = expected(reply, "gradient_TD", tuple(run.output_TD.shape))
-        return await self.device.run(lambda: worker.backward(run, gradient_TD), urgent=True), loss
+        batching = self._need_batching()
+        run = await batching.forward(self._ask(message))
+        with self._or_abandon(run):
+            reply = await self.uplink.request(self._onward(message, run))
+            loss = travelled(answered(reply, "loss", is_loss))
+            if not run.output_TD.requires_grad:
+                return None, loss
+            gradient_TD = expected(reply, "gradient_TD", tuple(run.output_TD.shape))
+        return await batching.backward(Upward(run, gradient_TD, run.output_TD)), loss
 
     async def _rows(self, message: Message) -> Message:
         """The labels stay with the client: send the last hidden states at the labelled positions back down."""
-        run = await self.device.run(lambda: self._pass(message))
+        run = await self._need_batching().forward(self._ask(message))
         output = run.output_TD
         if self.uplink is None:
-            output = self._labelled(run.output_TD, message)
+            output = labelled(run, message.tensors["positions_N"])
             rows_ND = output.detach()
         else:
             shape = (message.tensors["positions_N"].shape[0], run.output_TD.shape[1])
-            rows_ND = expected(await self.uplink.request(self._onward(message, run)), "rows_ND", shape)
+            with self._or_abandon(run):
+                rows_ND = expected(await self.uplink.request(self._onward(message, run)), "rows_ND", shape)
         if message.header["train"]:
             self._waiting[run.micro_batch] = (run, output, message.tensors["positions_N"].shape[0])
         return self.message("forward", message.micro_batch, {}, {"rows_ND": rows_ND})
@@ -257,21 +263,27 @@ class Server:
         if micro_batch not in self._waiting:
             raise PeerError(f"{message.sender} sent a gradient for {micro_batch}, which is not waiting for one")
         run, output, labels = self._waiting.pop(micro_batch)
-        gradient: torch.Tensor | None = expected(message, "gradient_ND", (labels, run.output_TD.shape[1]))
-        if self.uplink is not None:
-            reply = await self.uplink.request(self.message("backward", message.micro_batch, {}, message.tensors))
-            gradient = reply.tensors.get("gradient_TD")
-            if output.requires_grad:
-                gradient = expected(reply, "gradient_TD", tuple(output.shape))
+        with self._or_abandon(run):
+            gradient: torch.Tensor | None = expected(message, "gradient_ND", (labels, run.output_TD.shape[1]))
+            if self.uplink is not None:
+                reply = await self.uplink.request(self.message("backward", message.micro_batch, {}, message.tensors))
+                gradient = reply.tensors.get("gradient_TD")
+                if output.requires_grad:
+                    gradient = expected(reply, "gradient_TD", tuple(output.shape))
         below = None
-        if gradient is not None:
-            wanted, worker = gradient, self._need_worker()
-            below = await self.device.run(lambda: worker.backward(run, wanted, output), urgent=True)
+        if gradient is not None and output.requires_grad:
+            below = await self._need_batching().backward(Upward(run, gradient, output))
         self._due.pop(micro_batch, None)
         return self.message("backward", message.micro_batch, {}, {} if below is None else {"gradient_TD": below})
 
-    def _labelled(self, output_TD: torch.Tensor, message: Message) -> torch.Tensor:
-        return output_TD.index_select(0, message.tensors["positions_N"].to(output_TD.device).long())
+    @contextmanager
+    def _or_abandon(self, run: Pass) -> Iterator[None]:
+        """Should no gradient come, those that it ran with do not wait for it."""
+        try:
+            yield
+        except BaseException:
+            self._need_batching().abandon(run)
+            raise
 
     def _onward(self, message: Message, run: Pass) -> Message:
         """The same question for the role above, about this shard's output."""
@@ -282,67 +294,44 @@ class Server:
     # A step closes: norms and sums go up, the total norm, the sums and the commit come down.
 
     async def _close(self, messages: list[Message]) -> Callable[[Message], Message]:
-        norms: dict[str, float | None] = {}
-        sums: Tensors = {}
-        told = StepSums({}, {}, 0.0)
+        closing, step = Closing(), messages[0].step
         for message in messages:
-            norms.update(message.header["norms"])
-            add_into(sums, message.tensors)
-            told = _with(told, message.header)
-        own = self.worker.trainable.gradients() if self.worker is not None else {}
-        if self._shared():
-            sums.update(own)
-        else:
-            norms.update({name: finite(norm) for name, norm in squared_norms(own).items()})
-        norm, factor, totals = await self._settle(messages[0], norms, sums, told)
-        await self._apply(messages[0].step, {name: totals.get(name, own[name]) for name in own}, factor)
-        header = {"norm": norm, "factor": factor}
+            closing.take(message)
+        if self.worker is not None:
+            closing.hand_in(self.worker, self.summed, self._scales)
+        settled = await self._settle(messages[0], closing)
+        await self._apply(step, settled)
 
         def reply(message: Message) -> Message:
-            return self.message("close", message.micro_batch, header, {name: totals[name] for name in message.tensors})
+            below = {int(client) for client in message.header["own"]}
+            sums = {name: settled.sums[name] for name in message.tensors}
+            return self.message("close", message.micro_batch, settled.header(below), sums)
 
         return reply
 
-    async def _apply(self, step: int, gradients: Tensors, factor: float) -> None:
+    async def _apply(self, step: int, settled: Settled) -> None:
         """One optimiser step, and its commit."""
 
         def job() -> None:
             if self.worker is not None:
-                self.worker.trainable.apply(gradients, factor, self.schedule(step))
+                apply(self.worker, settled, self.schedule(step))
             self.commit(step + 1, self.generation)
 
         await self.device.run(job)
 
-    async def _settle(
-        self, message: Message, norms: Mapping[str, float | None], sums: Tensors, told: StepSums
-    ) -> tuple[float, float, Mapping[str, torch.Tensor]]:
-        """Total norm, clipping factor and the sums over all replicas."""
+    async def _settle(self, message: Message, closing: Closing) -> Settled:
+        """What all step by: decided at the top, heard from above elsewhere."""
         if self.top is None:
             assert self.uplink is not None
-            crossed = {**told.crossed, self.name: self.crossed.since_asked()}
-            header = {"norms": norms, "losses": told.losses, "bytes": crossed}
-            reply = await self.uplink.request(self.message("close", message.micro_batch, header, sums))
-            norm, factor = (float(answered(reply, key, is_number)) for key in ("norm", "factor"))
-            return norm, factor, {name: expected(reply, name, tuple(tensor.shape)) for name, tensor in sums.items()}
-        totals = self.top.all_sums(sums)
-        squares = [*norms.values(), *map(finite, squared_norms(totals).values())]
-        norm = math.sqrt(math.fsum(map(travelled, squares)))
-        if not math.isfinite(norm):
-            raise DivergedError(f"step {message.step + 1}: the gradient norm is {norm}; lower the learning rate")
-        self.top.observe(message.step, replace(told, norm=norm))
-        return norm, clip_factor(norm, self.top.clip_norm), totals
+            closing.crossed[self.name] = self.crossed.since_asked()
+            question = self.message("close", message.micro_batch, closing.header(), closing.sums)
+            return Settled.from_reply(await self.uplink.request(question), closing)
+        totals = self.top.all_sums(closing.sums)
+        settled = settle(message.step, closing, totals, self.top.clip_norm, self._scales)
+        self.top.observe(message.step, StepSums(closing.losses, closing.crossed, settled.norm))
+        return settled
 
-    def _shared(self) -> bool:
-        """Whether other roles hold this one's adapter, so that gradients and not norms must be summed."""
-        return self.replicas > 1
-
-    def _need_worker(self) -> Worker:
-        if self.worker is None:
+    def _need_batching(self) -> Batching:
+        if self.batching is None:
             raise PeerError(f"{self.name} only coordinates: it holds no blocks")
-        return self.worker
-
-
-def _with(told: StepSums, header: Mapping[str, Any]) -> StepSums:
-    """What was told, and what one child's header adds."""
-    losses = {int(client): sums for client, sums in header["losses"].items()}
-    return StepSums({**told.losses, **losses}, {**told.crossed, **header["bytes"]}, 0.0)
+        return self.batching

@@ -1,22 +1,47 @@
-"""What every role does with a micro-batch: forward through its shard, later backward, and count what it held.
+"""What every role does with micro-batches: forward through its shard, later backward, and count what it held.
 
-Shape suffixes: B rows, S padded length, T real tokens, D hidden width.
+Several micro-batches may run together, each entering at its own cut layer; one alone is the same code.
+
+Shape suffixes: B rows, S padded length, T real tokens of one micro-batch, D hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from splitllm.model.padding import pad, unpad
+from splitllm.model.joined import Joined, Rows
+from splitllm.model.padding import beside, pad, unpad
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.shard import Shard
-from splitllm.model.trainable import Trainable
+from splitllm.model.trainable import Tensors, Trainable
 
+TENANT = "tenant/"
+"""Before the number of a client and the names of what is its own."""
 Autocast = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One micro-batch that is to run through a shard.
+
+    Attributes:
+        rows: whose, how long, and where they enter.
+        inputs: token ids [B, S] for a shard that embeds, else activations [T, D].
+        position_ids_BS: of packed rows.
+        train: dropout on and, if anything needs it, a graph for the backward.
+        input_gradient: whether the sender wants the gradient of `inputs`.
+    """
+
+    rows: Rows
+    inputs: torch.Tensor
+    position_ids_BS: torch.Tensor | None = None
+    train: bool = True
+    input_gradient: bool = False
 
 
 @dataclass
@@ -24,99 +49,157 @@ class Pass:
     """One micro-batch in one shard, between its forward and its backward.
 
     Attributes:
+        micro_batch: which.
         input_TD: what came over the cut, a leaf; None for the client, whose input are tokens.
         output_TD: what goes on, still attached to the graph.
+        joined: those that it ran with; they share one graph.
     """
 
     micro_batch: MicroBatchId
     input_TD: torch.Tensor | None
     output_TD: torch.Tensor
+    joined: Joined
 
 
+@dataclass
 class Worker:
-    """A shard with its trainable part, computing micro-batches on one device.
+    """A shard with its trainable parts, computing on one device.
 
     Attributes:
         shard: the blocks.
-        trainable: its adapter and optimiser.
+        trainable: the adapter and optimiser that all micro-batches share.
+        device: where it computes.
+        autocast: the run's mixed precision.
+        own: client -> adapter and optimiser that only its micro-batches use.
     """
 
-    def __init__(
-        self, shard: Shard, trainable: Trainable, device: torch.device, autocast: Autocast = nullcontext
-    ) -> None:
-        self.shard, self.trainable, self.device, self.autocast = shard, trainable, device, autocast
-        self._activations, self._largest = 0, 0
+    shard: Shard
+    trainable: Trainable
+    device: torch.device
+    autocast: Autocast = nullcontext
+    own: Mapping[int, Trainable] = field(default_factory=dict)
+    _activations: int = 0
+    _largest: int = 0
 
-    def forward(
-        self,
-        micro_batch: MicroBatchId,
-        inputs: torch.Tensor,
-        lengths: Sequence[int],
-        position_ids_BS: torch.Tensor | None,
-        *,
-        train: bool,
-        input_gradient: bool,
-    ) -> Pass:
-        """Run the shard.
+    def forward(self, asks: Sequence[Ask]) -> list[Pass]:
+        """Run the shard on micro-batches that are all for training, or all not, in one batch.
 
         Args:
-            micro_batch: keys the dropout masks.
-            inputs: token ids [B, S] for a shard that embeds, else activations [T, D].
-            lengths: of the B rows.
-            position_ids_BS: of packed rows.
-            train: dropout on and, if anything needs it, a graph for the backward.
-            input_gradient: whether the sender wants the gradient of `inputs`.
+            asks: by entry, lowest first.
         """
+        joined, train = Joined(tuple(ask.rows for ask in asks)), asks[0].train
+        assert all(ask.train == train for ask in asks)
         self._mode(train)
-        self.shard.key.micro_batch = micro_batch
-        embeds = self.shard.embeddings is not None
-        graph = train and (input_gradient or bool(self.trainable.parameters))
-        input_TD = None if embeds else inputs.to(self.device).detach().requires_grad_(input_gradient and graph)
-        positions = None if position_ids_BS is None else position_ids_BS.to(self.device)
-        with torch.set_grad_enabled(graph), self.autocast(), self._counting(graph, len(lengths) * max(lengths)):
-            hidden_BSD = self.shard.embed(inputs.to(self.device)) if input_TD is None else pad(input_TD, lengths)
-            output_TD = unpad(self.shard.blocks(hidden_BSD, positions), lengths)
-        return Pass(micro_batch, input_TD, output_TD)
+        self.shard.key.begin(joined)
+        graph = train and any(ask.input_gradient or self._trains(ask.rows.micro_batch.client) for ask in asks)
+        positions = sum(len(member.lengths) * max(member.lengths) for member in joined.members)
+        with torch.set_grad_enabled(graph), self.autocast(), self._counting(graph, positions):
+            if self.shard.embeddings is not None:
+                (ask,) = asks
+                return [self._embedded(ask, joined)]
+            leaves = [ask.inputs.to(self.device).detach().requires_grad_(ask.input_gradient and graph) for ask in asks]
+            outputs = self._joined(asks, leaves, joined)
+        micro_batches = [member.micro_batch for member in joined.members]
+        return [Pass(*each, joined) for each in zip(micro_batches, leaves, outputs, strict=True)]
 
-    def backward(self, run: Pass, gradient: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Run the shard's backward and put the adapter's gradients in their place in the sum.
+    def backward(
+        self,
+        runs: Sequence[Pass],
+        gradients: Sequence[torch.Tensor],
+        *,
+        outputs: Sequence[torch.Tensor] | None = None,
+        keep: bool = False,
+    ) -> list[torch.Tensor | None]:
+        """Run the shard's backward and put the adapters' gradients in their places in the sums.
 
         Args:
-            run: the forward it belongs to.
-            gradient: of `output`.
-            output: what the gradient is of, by default `run.output_TD`.
+            runs: forwards that ran together, all of them or some.
+            gradients: of `outputs`.
+            outputs: what the gradients are of, by default each run's `output_TD`.
+            keep: others that ran with them still wait for their gradients.
 
         Returns:
-            The gradient of the input [T, D], or None where nobody asked for it.
+            The gradient of each input [T, D], or None where nobody asked for it.
         """
-        target = run.output_TD if output is None else output
-        if not target.requires_grad:
-            return None
-        self.shard.key.micro_batch = run.micro_batch
-        torch.autograd.backward(target, gradient.to(self.device))
-        self.trainable.collect(run.micro_batch)
-        return None if run.input_TD is None else run.input_TD.grad
+        targets = [run.output_TD for run in runs] if outputs is None else list(outputs)
+        if not targets[0].requires_grad:
+            return [None] * len(runs)
+        self.shard.key.begin(runs[0].joined)
+        torch.autograd.backward(targets, [gradient.to(self.device) for gradient in gradients], retain_graph=keep)
+        self._collect([run.micro_batch for run in runs])
+        return [None if run.input_TD is None else run.input_TD.grad for run in runs]
+
+    def expect(self, micro_batches: Sequence[MicroBatchId]) -> None:
+        """Open a step: these micro-batches will come."""
+        self.trainable.expect(micro_batches)
+        for client, trainable in self.own.items():
+            trainable.expect([each for each in micro_batches if each.client == client])
+
+    def state(self) -> Tensors:
+        """Adapters and optimisers: what `Trainable.state` tells, of a client's own behind `tenant/CLIENT/`."""
+        tensors = self.trainable.state()
+        for client, trainable in self.own.items():
+            tensors.update({f"{TENANT}{client}/{key}": tensor for key, tensor in trainable.state().items()})
+        return tensors
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set adapters and optimisers from a `state()`; of others that it holds nothing is taken."""
+        self.trainable.load({key: tensor for key, tensor in tensors.items() if not key.startswith(TENANT)})
+        for client, trainable in self.own.items():
+            prefix = f"{TENANT}{client}/"
+            trainable.load({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
 
     def peak(self) -> dict[str, int]:
-        """Bytes of tensors this role held at most: weights, adapter with optimiser, activations for the backward."""
+        """Bytes of tensors this role held at most: weights, adapters with optimisers, activations for the backward."""
         frozen = {p.untyped_storage().data_ptr(): p.nbytes for p in self.shard.parameters() if not p.requires_grad}
-        state = sum(tensor.nbytes for tensor in self.trainable.state().values())
+        state = sum(t.nbytes for each in (self.trainable, *self.own.values()) for t in each.state().values())
         return {
             "weights": sum(frozen.values()),
             "adapter and optimiser": state,
-            "activations of a micro-batch": self._activations,
+            "activations of a batch": self._activations,
         }
+
+    def _trains(self, client: int) -> bool:
+        return bool(self.trainable.parameters) or (client in self.own and bool(self.own[client].parameters))
+
+    def _embedded(self, ask: Ask, joined: Joined) -> Pass:
+        """The bottom of the model, whose input are tokens."""
+        positions = None if ask.position_ids_BS is None else ask.position_ids_BS.to(self.device)
+        hidden_BSD = self.shard.blocks(self.shard.embed(ask.inputs.to(self.device)), positions)
+        return Pass(ask.rows.micro_batch, None, unpad(hidden_BSD, ask.rows.lengths), joined)
+
+    def _joined(self, asks: Sequence[Ask], leaves: Sequence[torch.Tensor], joined: Joined) -> list[torch.Tensor]:
+        """Every micro-batch joins the batch at its cut layer; all leave it at the end of the shard."""
+        packed = any(ask.position_ids_BS is not None for ask in asks)
+        coming, hidden_BSD, positions_BS = iter(zip(asks, leaves, strict=True)), None, None
+        for start, stop, newcomers in joined.stretches(self.shard.start, self.shard.stop):
+            for ask, leaf_TD in itertools.islice(coming, len(newcomers)):
+                hidden_BSD = beside(hidden_BSD, pad(leaf_TD, ask.rows.lengths))
+                positions_BS = beside(positions_BS, _positions(ask).to(self.device)) if packed else None
+            assert hidden_BSD is not None
+            hidden_BSD = self.shard.blocks(hidden_BSD, positions_BS, start, stop)
+        assert hidden_BSD is not None
+        parts = torch.split(hidden_BSD, [len(member.lengths) for member in joined.members])
+        lengths = [member.lengths for member in joined.members]
+        return [unpad(part[:, : max(own)], own) for part, own in zip(parts, lengths, strict=True)]
+
+    def _collect(self, micro_batches: Sequence[MicroBatchId]) -> None:
+        self.trainable.collect(micro_batches)
+        for client, trainable in self.own.items():
+            if of_client := [each for each in micro_batches if each.client == client]:
+                trainable.collect(of_client)
 
     def _mode(self, train: bool) -> None:
         if self.shard.training != train:
             self.shard.train(train)
 
     def _counting(self, graph: bool, positions: int) -> AbstractContextManager[object]:
-        """Count what the graph of the largest micro-batch so far keeps for the backward."""
+        """Count what the graph of the largest batch so far keeps for the backward."""
         if not graph or positions <= self._largest:
             return nullcontext()
         self._largest, self._activations = positions, 0
-        weights = {p.untyped_storage().data_ptr() for p in self.shard.parameters()}
+        held = [*self.shard.parameters(), *(p for each in self.own.values() for p in each.parameters.values())]
+        weights = {parameter.untyped_storage().data_ptr() for parameter in held}
         seen: set[int] = set()
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -127,3 +210,9 @@ class Worker:
             return tensor
 
         return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+
+
+def _positions(ask: Ask) -> torch.Tensor:
+    """Its position ids, also where no row of it is packed, since other micro-batches of the batch have some."""
+    rows = ask.rows.lengths
+    return torch.arange(max(rows)).expand(len(rows), -1) if ask.position_ids_BS is None else ask.position_ids_BS

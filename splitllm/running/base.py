@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from splitllm.checkpoint import writing
+from splitllm.model.families import set_dropouts
 from splitllm.model.loading import Checkpoint, quiet_transformers
 from splitllm.preflight import model_config
 from splitllm.recipe import Recipe
@@ -33,12 +34,19 @@ def open_base(recipe: Recipe, directory: Path, world: World) -> Checkpoint:
         CheckpointError: the checkpoint cannot be read.
     """
     if recipe.model.random is None:
-        return Checkpoint(recipe.model.base, recipe.model.revision)
+        return _opened(recipe, recipe.model.base)
     folder = base_folder(recipe, directory)
     if world.rank == 0 and not ((directory / "recipe.yaml").exists() and Path(folder).exists()):
         _draw(recipe, Path(folder))
     world.wait()
-    return Checkpoint(folder)
+    return _opened(recipe, folder)
+
+
+def _opened(recipe: Recipe, name: str) -> Checkpoint:
+    checkpoint = Checkpoint(name, recipe.model.revision if recipe.model.random is None else None)
+    if recipe.model.dropout is not None:
+        set_dropouts(checkpoint.config, recipe.model.dropout)
+    return checkpoint
 
 
 def base_folder(recipe: Recipe, directory: Path) -> str:

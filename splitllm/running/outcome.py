@@ -1,36 +1,36 @@
-"""What a run leaves behind: checkpoints on the way, and at the end the adapter and the summary."""
+"""What a run in one place leaves behind: checkpoints on the way, and at the end what it tells the user."""
 
 from __future__ import annotations
 
+import itertools
 import resource
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import blake2b
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from splitllm import checkpoint
 from splitllm.data import Corpus, eval_batches
+from splitllm.data.batching import MicroBatch
 from splitllm.errors import CheckpointError, RecipeError
 from splitllm.metrics import human_bytes, replace_text
-from splitllm.model.export import save_adapter, unsplit_model, whole_model_loss, with_adapter
+from splitllm.model.export import PlainBatch, unsplit_model, whole_model_loss, with_adapter
 from splitllm.model.loading import Checkpoint
-from splitllm.model.lora import lora_config, target_modules
-from splitllm.model.naming import names_in_unsplit, rename_tensors
-from splitllm.preflight import Plan
 from splitllm.recipe import Recipe, changed_keys, dump_recipe, load_recipe, what_leaves_the_device
 from splitllm.roles.assembly import DTYPES
 from splitllm.running.base import BASE, BASE_UNFINISHED, base_folder, is_drawn
+from splitllm.running.places import ADAPTER, adapter_folders, where_next
+from splitllm.running.results import export, summary_of
 from splitllm.running.state import Run, Totals
 
 HARMLESS = (
     *(f"train.{key}:" for key in ("keep", "log_every", "trackers", "checkpoint_every", "eval_every", "verify_adapter")),
     *(f"wire.{key}:" for key in ("addresses", "certificates", "memory_mib", "keepalive", "absent", "drop_after")),
 )
-PACKAGES = ("splitllm", "torch", "transformers", "peft", "accelerate", "datasets")
 MIB = 2**20
 AGREEMENT = 1e-4  # nats, between the split run's loss and that of PEFT on the unsplit base
 AGREEMENT_IN_HALF = 2e-2
@@ -149,33 +149,14 @@ def restore(run: Run, saved: checkpoint.TrainingState | None) -> None:
 
 def finish(run: Run) -> dict[str, Any]:
     """Export the adapter, check it if the recipe says so, write the summary and tell the user."""
-    adapter = run.directory / "adapter"
-    memory = _peak_memory(run)
-    if run.world.rank == 0:
-        tensors = run.roles.adapter()
-        base = base_folder(run.recipe, run.directory)
-        modules = names_in_unsplit(base, run.plan.modules, run.recipe.model.revision)
-        save_adapter(
-            adapter,
-            rename_tensors(tensors, modules),
-            adapter_config(run.plan, base_folder(run.recipe, run.directory), modules),
-        )
+    memory, tensors = _peak_memory(run), run.roles.adapter()
+    first = run.world.rank == 0
+    if first:
+        export(run.plan, run.directory, tensors)
     run.world.wait()
-    totals = run.totals
-    summary: dict[str, Any] = {
-        "eval_loss_before": totals.loss_before,
-        "eval_loss_after": totals.loss_after,
-        **(_unsplit_losses(run, adapter) if run.recipe.train.verify_adapter and run.world.rank == 0 else {}),
-        "train_tokens": totals.tokens,
-        "train_seconds": round(totals.seconds, 3),
-        "tokens_per_second": round(totals.tokens / max(totals.seconds, 1e-9), 1),
-        "wire_bytes_up": totals.bytes_up,
-        "wire_bytes_down": totals.bytes_down,
-        "trainable_parameters": sum(tensor.numel() for tensor in run.roles.adapter().values()),
-        **memory,
-        "leaves_the_device": what_leaves_the_device(run.recipe),
-        "versions": {name: version(name) for name in PACKAGES},
-    }
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    unsplit = _unsplit_losses(run) if run.recipe.train.verify_adapter and first else {}
+    summary = summary_of(run.totals, numbers, memory, what_leaves_the_device(run.recipe), unsplit)
     run.metrics.write_summary(summary)
     run.metrics.close()  # ends the live line above what follows
     for line in _closing_lines(run, summary):
@@ -183,40 +164,42 @@ def finish(run: Run) -> dict[str, Any]:
     return summary
 
 
-def adapter_config(plan: Plan, base: str, modules: Mapping[str, str]) -> Any:
-    """PEFT's configuration on the unsplit base.
-
-    The targets are as the recipe names them, or every module by its full name where those would match more.
-    """
-    recipe = plan.recipe
-    targets = target_modules(plan.config, recipe.lora.targets)
-    as_named = plan.every_module_trains and targets != "all-linear" and all(a == b for a, b in modules.items())
-    config = lora_config(plan.config, recipe.lora, targets if as_named else sorted(modules.values()), base)
-    config.revision = recipe.model.revision
-    return config
-
-
-def _unsplit_losses(run: Run, adapter: Path) -> dict[str, float]:
+def _unsplit_losses(run: Run) -> dict[str, float]:
     """The held-out loss by Hugging Face and PEFT alone, before and after.
 
     Raises:
         CheckpointError: it is not the split run's.
     """
     dtype, size = DTYPES[run.recipe.model.dtype], run.recipe.train.batch_size
-    batches = [
-        (batch.ids_BS, batch.lengths, batch.positions_N, batch.targets_N, batch.position_ids_BS)
-        for part in run.plan.corpus.eval
-        for batch in eval_batches(part, size)
-    ]
     base = unsplit_model(base_folder(run.recipe, run.directory), dtype, run.recipe.model.revision)
-    before, after = whole_model_loss(base, batches), whole_model_loss(with_adapter(base, adapter), batches)
+    parts = [[_plain(batch) for batch in eval_batches(part, size)] for part in run.plan.corpus.eval]
+    folders = adapter_folders(run.recipe, run.directory)
+    before = _mean([whole_model_loss(base, part) for part in parts])
+    grouped = [list(itertools.chain(*parts))] if len(folders) == 1 else parts
+    after = _mean([_with_adapter_loss(base, *pair) for pair in zip(folders, grouped, strict=True)])
     exact = dtype != torch.bfloat16 and not run.world.half
     if not abs(after - float(run.totals.loss_after or 0.0)) <= (AGREEMENT if exact else AGREEMENT_IN_HALF):
         raise CheckpointError(
-            f"{adapter}: PeftModel on the unsplit base finds a held-out loss of {after:.6f}, the split run "
-            f"{run.totals.loss_after:.6f}: the adapter is not that of this base"
+            f"{run.directory / ADAPTER}: PeftModel on the unsplit base finds a held-out loss of {after:.6f}, the split "
+            f"run {run.totals.loss_after:.6f}: the adapter is not that of this base"
         )
     return {"unsplit_loss_before": before, "unsplit_loss_after": after}
+
+
+def _with_adapter_loss(base: PreTrainedModel, folder: Path, batches: Sequence[PlainBatch]) -> tuple[float, int]:
+    adapted = with_adapter(base, folder)
+    try:
+        return whole_model_loss(adapted, batches)
+    finally:
+        adapted.unload()
+
+
+def _plain(batch: MicroBatch) -> PlainBatch:
+    return batch.ids_BS, batch.lengths, batch.positions_N, batch.targets_N, batch.position_ids_BS
+
+
+def _mean(sums: Sequence[tuple[float, int]]) -> float:
+    return sum(total for total, _ in sums) / sum(labels for _, labels in sums)
 
 
 def _peak_memory(run: Run) -> dict[str, Any]:
@@ -262,9 +245,4 @@ def _closing_lines(run: Run, summary: dict[str, Any]) -> list[str]:
     lines.append(
         f"peak resident memory: {', '.join(f'{name} {v:.0f} MiB' for name, v in summary['peak_rss_mib'].items())}"
     )
-    lines += [
-        f"adapter: {directory / 'adapter'}",
-        f"next: peft.PeftModel.from_pretrained(base_model, {str(directory / 'adapter')!r}), or",
-        f"      splitllm merge {directory / 'adapter'} --base {base} --output-dir {directory / 'merged'}",
-    ]
-    return lines
+    return lines + where_next(run.recipe, directory, base)

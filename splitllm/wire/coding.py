@@ -78,6 +78,14 @@ class Coding:
             self._rows.pop(request.micro_batch, None)
         return packed
 
+    def request_bytes(self, message: Message) -> int:
+        """Bytes of a request's tensors as they travel."""
+        return self._size(message, message, dict.fromkeys(UP, self._up.name))
+
+    def reply_bytes(self, request: Message, reply: Message) -> int:
+        """Bytes of the tensors of the reply to a request, as they travel."""
+        return self._size(request, reply, dict.fromkeys(DOWN, self._down.name))
+
     def note_request(self, message: Message) -> None:
         """Remember the rows of a training micro-batch, for what is sent of it later.
 
@@ -92,9 +100,7 @@ class Coding:
         self._rows[message.micro_batch] = _rows_of(message)
 
     def _pack(self, request: Message, message: Message, codecs: Mapping[str, str]) -> dict[str, Packed]:
-        packed = {}
-        if not _trains(request):
-            codecs = {}  # an evaluation measures the adapter, not the codec
+        packed, codecs = {}, _used(request, codecs)
         for name, tensor in message.tensors.items():
             chosen, what = codecs.get(name, "none"), f"{name} of {message.sender}"
             carries = name in SUMMED and codec(chosen).feedback
@@ -103,6 +109,10 @@ class Coding:
                 pack(tensor, chosen, what) if rows is None else self._carry(name, tensor, request, rows, what)
             )
         return packed
+
+    def _size(self, request: Message, message: Message, codecs: Mapping[str, str]) -> int:
+        used, tensors = _used(request, codecs), message.tensors
+        return sum(codec(used.get(name, "none")).size(each.shape, each.dtype) for name, each in tensors.items())
 
     def _carry(self, name: str, tensor: Tensor, request: Message, rows: _Rows, what: str) -> Packed:
         """Pack with what was lost of the same rows before."""
@@ -122,6 +132,11 @@ def unpack_all(packed: Mapping[str, Packed]) -> dict[str, Tensor]:
         PeerError: one of them is not what it says.
     """
     return {name: unpack(one, name) for name, one in packed.items()}
+
+
+def _used(request: Message, codecs: Mapping[str, str]) -> Mapping[str, str]:
+    """An evaluation measures the adapter, not the codec."""
+    return codecs if _trains(request) else {}
 
 
 def _trains(request: Message) -> bool:

@@ -9,7 +9,7 @@ Tensors hold real tokens only, never padding. Suffixes: T real tokens of a micro
 | open | label counts of every micro-batch | loss weight of every client |
 | forward | hidden_TD, positions_N, and targets_N unless the labels stay | gradient_TD and loss, or rows_ND |
 | backward | gradient_ND (labels stay with the client) | gradient_TD |
-| close | squared norms, the replicas' summed gradients, losses | total norm, the sums over all replicas |
+| close | squared norms, the replicas' summed gradients, losses | total norm, factors, the sums over all replicas |
 | evaluated | held-out losses of every client | |
 | finish | the adapters of the tiers below | |
 | diverged | in words what is not finite | never an answer: the run is over |
@@ -27,6 +27,8 @@ import torch
 
 Kind = Literal["join", "share", "open", "forward", "backward", "close", "evaluated", "finish", "diverged"]
 KINDS: tuple[str, ...] = get_args(Kind)
+TOGETHER = frozenset({"join", "share", "open", "close", "evaluated", "finish"})
+"""Kinds that are answered when every child that takes part has sent its own."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ CODES: dict[Reason, grpc.StatusCode] = {
     "identity": grpc.StatusCode.PERMISSION_DENIED,
     "mismatch": grpc.StatusCode.FAILED_PRECONDITION,
     "taken": grpc.StatusCode.ALREADY_EXISTS,
+    "admission": grpc.StatusCode.OUT_OF_RANGE,
     "internal": grpc.StatusCode.ABORTED,
 }
 REASONS = {code: reason for reason, code in CODES.items()}
@@ -275,7 +276,8 @@ class Listener:
             port = self._bind()
         except RuntimeError as error:
             reason = "the address is in use, or is not one of this machine"
-            raise OSError(f"cannot listen on {self.address}: {reason}") from error
+            remedy = "choose another with wire.addresses or --listen"
+            raise OSError(f"cannot listen on {self.address}: {reason}; {remedy}") from error
         await self._server.start()
         self._status = health_pb2.HealthCheckResponse.SERVING
         return port
@@ -314,11 +316,8 @@ class Listener:
                 await serving
             except Refused as refused:
                 await context.abort(CODES[refused.reason], str(refused))
-            except (
-                Disconnected,
-                asyncio.CancelledError,
-            ):  # gRPC cancels what serves a lost caller, and would log it
-                return
+            except (Disconnected, asyncio.CancelledError):
+                return  # gRPC cancels what serves a lost caller, and would log it
 
     async def _check(self, _requests: Any, context: grpc.aio.ServicerContext) -> None:
         """The health service's `Check`, as a stream of one message: who asks nothing does not hold it."""

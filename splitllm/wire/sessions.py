@@ -19,13 +19,12 @@ from splitllm.wire.assembling import Assembler, Limits
 from splitllm.wire.coding import Coding
 from splitllm.wire.envelopes import error_envelope, reply_envelope, request_of
 from splitllm.wire.frames import VERSION, Envelope, FrameType, to_frames
-from splitllm.wire.message import Message
+from splitllm.wire.message import TOGETHER, Message
 from splitllm.wire.stream import Disconnected, Refused, Stream, first_error
 
 logger = logging.getLogger(__name__)
 HELLO_SECONDS = 20.0
 HELLO_LIMITS = Limits(values_bytes=16 << 10, payload_bytes=0)
-TOGETHER = frozenset({"join", "share", "open", "close", "evaluated", "finish"})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from splitllm.errors import PeerError
 
 LONGEST = 600  # characters, so that a reason fits into the trailers of a call
-Reason = Literal["invalid", "identity", "mismatch", "taken", "internal"]
+Reason = Literal["invalid", "identity", "mismatch", "taken", "admission", "internal"]
 
 
 class Refused(PeerError):
@@ -18,7 +18,7 @@ class Refused(PeerError):
 
     Args:
         reason: invalid (what was sent breaks the protocol), identity (the certificate), mismatch (another recipe, model
-            or version), taken (another process has the name), internal (an error there).
+            or version), taken (another process has the name), admission (no memory for it), internal (an error there).
         text: one line for the user, cut to `LONGEST` characters, with ? for what cannot be printed: peers' words may be
             in it.
     """

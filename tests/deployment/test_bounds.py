@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from splitllm.deployment.bounds import MIB, allowed, graph_bytes, in_flight, limits, micro_batch_bytes
+from splitllm.model.joined import Rows
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.trainable import Trainable
 from splitllm.recipe import role_names
+from splitllm.roles.worker import Ask
 from splitllm.wire.codecs import codec, pack
 from splitllm.wire.frames import payload_bytes
 from tests.families import corpus, recipe
@@ -73,8 +75,8 @@ def test_what_a_graph_holds_is_counted_within_a_factor_of_2(family: str) -> None
     settings = recipe(family, [1, 3], data={"source": "unused", "max_length": 32}, train=train, dtype="float32")
     tree = Tree(settings, corpus(2, rows=4))
     worker, width = tree.pasts["edge-0"].worker, tree.plan.config.hidden_size
-    worker.forward(MicroBatchId(0, 0, 0), torch.randn(4 * 32, width), [32] * 4, None, train=True, input_gradient=True)
-    measured = worker.peak()["activations of a micro-batch"]
+    worker.forward([Ask(Rows(MicroBatchId(0, 0, 0), (32,) * 4), torch.randn(4 * 32, width), input_gradient=True)])
+    measured = worker.peak()["activations of a batch"]
     assert measured / 2 < graph_bytes(tree.plan, 2) < 2 * measured
 
 
@@ -106,7 +108,8 @@ def test_tiers_with_replicas_send_sums_and_lone_ones_norms(name: str) -> None:
     plan = plan_of(wanted("gpt2", cuts, "cloud", split={"tiers": tiers}), corpus(tiers["client"]))
     for server, below in [*summed.items(), *normed.items()]:
         bounds, wanted_tiers = allowed(plan, server), summed if (server, below) in summed.items() else normed
-        names = set(bounds.summed) if wanted_tiers is summed else set(bounds.normed)
+        found = [child.summed if wanted_tiers is summed else child.normed for child in bounds.children.values()]
+        names = {tensor for tensors in found for tensor in tensors}
         blocks = {block for tier in below for block in range(*plan.bounds[tier])}
         assert {int(tensor.split(".")[4]) for tensor in names} == blocks
 

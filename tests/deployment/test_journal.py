@@ -168,6 +168,7 @@ def test_an_entry_can_be_written_again(folder: Path) -> None:
         journal.write(2, {}, {"again": True})
         assert journal.steps() == [2, 1]
         assert journal.read(2) == ({}, {"again": True})
+        assert list(journal.values().items()) == [(2, {"again": True}), (1, journal.read(1)[1])]
 
 
 def test_a_missing_entry_is_named_with_those_that_are_there(folder: Path) -> None:
@@ -262,7 +263,9 @@ def test_only_one_process_has_the_journal_until_it_ends(folder: Path) -> None:
         assert printed.readline() == "open\n"
         with pytest.raises(CheckpointError) as refused:
             Journal(folder, {"role": "client-2"})
-        assert str(refused.value) == (f"{folder}: another process runs client-2 here; stop it, or give --output-dir")
+        assert str(refused.value) == (
+            f"{folder}: another process uses this folder for client-2; stop that one, or give another --output-dir"
+        )
     Journal(folder, {"role": "client-2"}).close()
 
 

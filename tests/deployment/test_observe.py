@@ -22,16 +22,11 @@ from splitllm.wire.assembling import Limits
 from splitllm.wire.coding import Coding
 from splitllm.wire.message import Message
 from splitllm.wire.sessions import Reception, Sessions
+from tests.processes import free_port
 from tests.tiny import write_recipe
 
 STEPS, BATCH = 12, 3
 Samples = dict[tuple[str, str], float]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def scraped(port: int) -> Samples:
@@ -80,6 +75,17 @@ def test_a_server_is_asked_while_it_runs(tmp_path: Path) -> None:
         assert last[("splitllm_sent_bytes_total", child)] > 1000
     assert last[("splitllm_step_seconds_count", "")] == last[("splitllm_step", "")]
     assert last[("splitllm_step_seconds_sum", "")] > 0
+    for child in ("client-0", "client-1"):
+        assert last[("splitllm_tenant_tokens_total", child)] > 100
+        for direction in ("up", "down"):
+            name = {"up": "received", "down": "sent"}[direction]
+            frames = last[(f"splitllm_{name}_bytes_total", child)]
+            assert 0.2 * frames < last[("splitllm_tenant_bytes_total", f"{child},{direction}")] < frames
+        assert 0 < last[("splitllm_tenant_device_seconds_total", child)] < 60
+    micro_batches, batches = last[("splitllm_batch_micro_batches_total", "")], last[("splitllm_batches_total", "")]
+    assert micro_batches == batches > 2 * STEPS and last[("splitllm_batch_size", "")] == 1
+    assert last[("splitllm_batch_positions_total", "token")] > last[("splitllm_batch_positions_total", "padding")] > 0
+    assert all(0 <= samples[("splitllm_batch_padding_ratio", "")] < 1 for samples in found)
     names = ("splitllm_requests_total", "splitllm_received_bytes_total", "splitllm_step_seconds_count")
     for before, after in pairwise(found):
         for key in before:

@@ -17,7 +17,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_a_role_above_that_stays_away_is_named_once_an_absence(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
-        told = WayUp("cloud", seconds=0.05)
+        told = WayUp("cloud", "10.0.0.3:7100", seconds=0.05)
         for state in ("refused", "connected", "refused", "reset", "connected"):
             told(state)
         await asyncio.sleep(0.1)
@@ -33,6 +33,21 @@ def test_a_role_above_that_stays_away_is_named_once_an_absence(caplog: pytest.Lo
     assert [line.partition(":")[0] for line in warnings(caplog)] == [
         "cloud has been away for 0.05 seconds and is waited for"
     ] * 2
+
+
+def test_a_role_above_that_never_was_reached_is_named_with_its_address(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        told = WayUp("cloud", "10.0.0.3:7100", seconds=0.05)
+        for state in ("refused", "no route"):
+            told(state)
+            await asyncio.sleep(0.08)
+
+    asyncio.run(run())
+    [line] = warnings(caplog)
+    assert line.startswith(
+        "cloud has not been reached at 10.0.0.3:7100 for 0.05 seconds and is waited for: start it, "
+        "or correct wire.addresses.cloud"
+    )
 
 
 def test_roles_below_that_stay_away_are_named_once_an_absence(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from splitllm.deployment.past import HELD, Past
 from splitllm.deployment.record import Record
-from splitllm.deployment.station import Options, Past, Station, open_station
+from splitllm.deployment.station import Options, Station, open_station
 from splitllm.errors import DivergedError
 from splitllm.metrics import Metrics, read_records
 from splitllm.model.lora import adapter_shapes
@@ -135,7 +136,7 @@ def test_the_end_is_written_once(station: Station) -> None:
     record, directory = record_of(station), station.options.directory
     record.begun(0)
     record.stepped(0, sums())
-    words = {"cloud": {"rss_mib": 100.0, "held: weights": 1.5}, "client-0": {"rss_mib": 50.0}}
+    words = {"cloud": {"rss_mib": 100.0, f"{HELD}weights": 1.5}, "client-0": {"rss_mib": 50.0}}
     record.finish(words, adapter(station))
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["train_tokens"] == 30

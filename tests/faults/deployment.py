@@ -20,15 +20,11 @@ from typing import Any
 from safetensors.torch import load_file
 
 from splitllm.metrics import read_records
-from splitllm.recipe import Recipe, load_recipe, role_names, tier_of
-from splitllm.wire.issuing import issue
+from tests.processes import ADAPTER, ROOT, RolesOfRecipe
 
-ROOT = Path(__file__).resolve().parents[2]
 PORTS = range(7500, 7900)  # below those that the system gives to outgoing connections: a restarted server finds it free
-COMMANDS = ("client", "edge", "cloud")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["splitllm.cli", "splitllm.deployment.run", "transformers.models.gpt2.modeling_gpt2"])
-TAIL = 8
 DOING = {
     "listening": "starts",
     "leaves the device": "starts",
@@ -46,7 +42,6 @@ DOING = {
 }
 """Last event of a log -> what its role is about."""
 WAIT_SECONDS = 120.0  # no wait takes so long unless something hangs, even on a machine that is busy with other things
-ADAPTER = Path("adapter/adapter_model.safetensors")
 
 
 class Stuck(AssertionError):
@@ -142,37 +137,21 @@ def _splitllm(words: list[str], out: str, err: str) -> None:
 
 
 @dataclass
-class Deployment:
-    """The processes of one run.
+class Deployment(RolesOfRecipe):
+    """The processes of one run, with a relay before every server."""
 
-    Args:
-        path: of the recipe.
-        folder: receives a folder and two logs a role.
-        overrides: of the recipe.
-    """
-
-    path: Path
-    folder: Path
-    overrides: tuple[str, ...] = ()
-    recipe: Recipe = field(init=False)
     running: dict[str, Process] = field(default_factory=dict, init=False)
     relays: dict[str, Relay] = field(default_factory=dict, init=False)
     since: dict[str, int] = field(default_factory=dict, init=False)
     killed: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True)
-        self.recipe = load_recipe(self.path, self.overrides)
-        self.names = [name for tier in role_names(self.recipe).values() for name in tier]
-        self.servers = [name for name in self.names if tier_of(self.recipe, name)[0] > 0]
-        self.top = self.names[-1]
+        super().__post_init__()
         self._held = [reserved_port() for _ in range(2 * len(self.servers))]
         ports = [held.getsockname()[1] for held in self._held]
-        self._ports = dict(zip(self.servers, ports, strict=False))
-        issue(self.folder / "certificates", self.names)
-        for name in self.servers:
-            front = self._ports[f"{name} relayed"] = ports.pop()
-            self.relays[name] = Relay(front, self._ports[name])
+        self._listen = dict(zip(self.servers, ports, strict=False))
+        self._relayed = dict(zip(self.servers, ports[len(self.servers) :], strict=True))
+        self.relays = {name: Relay(self._relayed[name], self._listen[name]) for name in self.servers}
 
     def start(self, *names: str, more: tuple[str, ...] = (), directory: str | None = None) -> None:
         """Start roles, or all."""
@@ -183,17 +162,9 @@ class Deployment:
 
     def spawn(self, name: str, *, more: tuple[str, ...] = (), directory: str | None = None) -> Process:
         """A process of a role, beside the one that there may be."""
+        words = self.words_of(name, self._listen, self._relayed, *more, directory=directory)
         label = directory or name
-        addresses = ", ".join(f"{server}: 127.0.0.1:{self._ports[f'{server} relayed']}" for server in self.servers)
-        wire = [f"wire.addresses={{{addresses}}}", f"wire.certificates={self.folder / 'certificates'}"]
-        place = "cloud" if name == self.top else COMMANDS[min(1, tier_of(self.recipe, name)[0])]
-        listen = ["--listen", f"127.0.0.1:{self._ports[name]}"] if name in self.servers else []
-        words = ["--name", name, "--output-dir", str(self.folder / label), *listen]
-        words = [place, str(self.path), *self.overrides, *wire, *more, *words]
         return Process(words, self.log_of(label), self.log_of(label, "err"))
-
-    def log_of(self, name: str, suffix: str = "log") -> Path:
-        return self.folder / f"{name}.{suffix}"
 
     # Faults.
 
@@ -221,12 +192,6 @@ class Deployment:
 
     # What can be seen from outside.
 
-    def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:
-        """What a role logged, over all its starts, or from a byte of its log on."""
-        path = self.log_of(name)
-        *lines, _half = path.read_bytes()[since:].split(b"\n") if path.exists() else [b""]
-        return [json.loads(line) for line in lines if line.startswith(b"{")]
-
     def said(self, name: str, event: str) -> list[dict[str, Any]]:
         return [record for record in self.events(name) if record["event"] == event]
 
@@ -240,20 +205,6 @@ class Deployment:
     def is_committing(self, name: str) -> bool:
         """Whether a role is writing its journal, or was when it was killed."""
         return any((self.folder / name / "journal").glob(".*.writing"))
-
-    def complaints(self, name: str) -> str:
-        return self.log_of(name, "err").read_text()
-
-    def step(self) -> int:
-        """The last step in the top's metrics."""
-        path = self.folder / self.top / "metrics.jsonl"
-        if not path.exists():
-            return 0
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 1000))
-            lines = file.read().split(b"\n")[1:-1]
-        steps = [record["step"] for record in map(json.loads, lines) if record["event"] == "train"]
-        return steps[-1] if steps else 0
 
     def until(self, done: Callable[[], bool], what: str, seconds: float = WAIT_SECONDS, every: float = 0.001) -> None:
         """Wait; a wait that takes too long tells what every role logged last."""
@@ -283,17 +234,6 @@ class Deployment:
         """Wait until every role that runs has ended; exit status by role."""
         self.until(self.all_ended, "the end of the run", seconds)
         return {name: self.exit_of(name) for name in list(self.running)}
-
-    def tails(self) -> str:
-        """The last lines of every log, and where each process that hangs is, if py-spy is there to tell."""
-        parts = []
-        for name in self.names:
-            log = self.log_of(name)
-            lines = log.read_text(errors="replace").splitlines()[-TAIL:] if log.exists() else []
-            error = self.log_of(name, "err")
-            lines += error.read_text(errors="replace").splitlines()[-TAIL:] if error.exists() else []
-            parts.append("\n".join([f"--- {name} ({'runs' if name in self.running else 'is not there'})", *lines]))
-        return "\n".join(parts)
 
     # What a run leaves.
 

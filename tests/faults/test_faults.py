@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from splitllm.recipe import load_recipe, role_names, tier_of
 from splitllm.train import train
-from tests.faults.deployment import ADAPTER, Deployment, counted, deployed
+from tests.faults.deployment import Deployment, counted, deployed
+from tests.processes import ADAPTER
 from tests.tiny import write_recipe
 
 STEPS = 120
@@ -260,7 +261,8 @@ def test_stopped_roles_go_on_and_those_lost_at_the_end_hear_of_it(
             deployment.start(name)
         deployment.until_step(80)
         deployment.pause("cloud")  # so that the run goes on until then
-        for directory, status, reason in (("client-1", 2, "another process runs client-1 here"), ("x", 1, "runs once")):
+        refusals = (("client-1", 2, "another process uses this folder for client-1"), ("x", 1, "runs once"))
+        for directory, status, reason in refusals:
             second = deployment.spawn("client-1", directory=directory)
             deployment.until(lambda second=second: second.status is not None, "a refusal")  # type: ignore[misc]
             assert second.status == status, deployment.tails()

@@ -59,13 +59,14 @@ def test_loss_and_gradient_equal_plain_cross_entropy(
 ) -> None:
     monkeypatch.setattr(heads, "CHUNK_BYTES", positions * WORDS * 8)
     head, (hidden_ND, targets_N) = head_of(**SHAPES[shape]), rows()
-    weighted, total = head.loss(hidden_ND, targets_N, 0.37)
+    weighted, nats_N = head.loss(hidden_ND, targets_N, 0.37)
+    total = nats_N.sum()
     expected = plain(head, hidden_ND, targets_N, **SHAPES[shape])
     (got,) = torch.autograd.grad(weighted * 2.5, hidden_ND)
     (wanted,) = torch.autograd.grad(expected * 0.37 * 2.5, hidden_ND)
     assert float(total) == pytest.approx(expected.item(), rel=1e-12)
     assert weighted.item() == pytest.approx(0.37 * expected.item(), rel=1e-12)
-    assert not total.requires_grad
+    assert not nats_N.requires_grad and nats_N.shape == targets_N.shape
     assert float(wanted.abs().max()) > 1e-2
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
 
@@ -73,18 +74,31 @@ def test_loss_and_gradient_equal_plain_cross_entropy(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_without_a_gradient_the_loss_is_the_same(shape: str) -> None:
     head, (hidden_ND, targets_N) = head_of(**SHAPES[shape]), rows()
-    weighted, total = head.loss(hidden_ND.detach(), targets_N)
+    weighted, nats_N = head.loss(hidden_ND.detach(), targets_N)
     assert not weighted.requires_grad
-    assert torch.equal(weighted, total) and torch.equal(total, head.loss(hidden_ND, targets_N)[1])
+    assert torch.equal(weighted, nats_N.sum()) and torch.equal(nats_N, head.loss(hidden_ND, targets_N)[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_positions_may_weigh_differently(shape: str, dtype: torch.dtype) -> None:
+    head, (hidden_ND, targets_N) = head_of(dtype, **SHAPES[shape]), rows(dtype=dtype)
+    weight_N = torch.tensor([0.25] * 5 + [2.0] * (ROWS - 5), dtype=torch.float64)
+    together, _ = head.loss(hidden_ND, targets_N, weight_N)
+    parts = [head.loss(hidden_ND[:5], targets_N[:5], 0.25)[0], head.loss(hidden_ND[5:], targets_N[5:], 2.0)[0]]
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    assert float(together.detach()) == pytest.approx(float(sum(parts).detach()), rel=tolerance)
+    (got,), (wanted,) = (torch.autograd.grad(loss, hidden_ND) for loss in (together, parts[0] + parts[1]))
+    assert float((got - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_no_labels_cost_nothing(shape: str, dtype: torch.dtype) -> None:
     head, (hidden_ND, targets_N) = head_of(dtype, **SHAPES[shape]), rows(0, dtype)
-    weighted, total = head.loss(hidden_ND, targets_N, 0.5)
+    weighted, nats_N = head.loss(hidden_ND, targets_N, 0.5)
     (gradient_ND,) = torch.autograd.grad(weighted, hidden_ND)
-    assert float(total) == 0.0 and gradient_ND.shape == (0, WIDTH)
+    assert weighted.item() == 0.0 and nats_N.shape == (0,) and gradient_ND.shape == (0, WIDTH)
 
 
 @pytest.mark.parametrize("gradient", [True, False])
@@ -108,9 +122,9 @@ def test_never_more_than_one_chunk_of_logits_is_alive(
 
     monkeypatch.setattr(head.output, "forward", spy)
     monkeypatch.setattr(Head, "is_plain", lambda *_: False)  # that path works in the same memory again: next test
-    _, total = head.loss(hidden_ND if gradient else hidden_ND.detach(), targets_N)
+    _, nats_N = head.loss(hidden_ND if gradient else hidden_ND.detach(), targets_N)
     assert all(logits() is None for logits in earlier)
-    assert counts == [5, 5, 5, 5, 3] and float(total) > 0
+    assert counts == [5, 5, 5, 5, 3] and bool((nats_N > 0).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -124,8 +138,8 @@ def test_plain_chunks_equal_autograd_to_the_bit_and_share_one_scratch(
     results = []
     for role, plain_path in ((head, True), (replica, True), (head, False)):
         monkeypatch.setattr(Head, "is_plain", lambda *_, plain_path=plain_path: plain_path)
-        weighted, total = role.loss(hidden_ND, targets_N, weight=0.037)
-        results.append((total, torch.autograd.grad(weighted, hidden_ND)[0]))
+        weighted, nats_N = role.loss(hidden_ND, targets_N, weight=0.037)
+        results.append((nats_N.sum(), torch.autograd.grad(weighted, hidden_ND)[0]))
     (total, gradient), again, (other_total, other) = results
     assert torch.equal(gradient, other) and torch.equal(gradient, again[1])
     assert float(total) == pytest.approx(float(other_total), rel=1e-6)
@@ -155,4 +169,4 @@ def test_heads_of_families_equal_their_own_logits(family: str, tied: bool) -> No
     hidden_ND = torch.randn(9, 32, generator=generator, dtype=torch.float64)
     targets_N = torch.randint(0, 61, (9,), generator=generator)
     expected = F.cross_entropy(head.logits(hidden_ND), targets_N, reduction="sum")
-    assert float(head.loss(hidden_ND, targets_N)[1]) == pytest.approx(float(expected), rel=1e-12)
+    assert float(head.loss(hidden_ND, targets_N)[1].sum()) == pytest.approx(float(expected), rel=1e-12)

@@ -26,7 +26,7 @@ def gradients_of(micro_batch: MicroBatchId) -> Tensors:
 def summed(order: list[MicroBatchId]) -> Tensors:
     total = OrderedSum(IDS)
     for micro_batch in order:
-        total.add(micro_batch, gradients_of(micro_batch))
+        total.add([micro_batch], gradients_of(micro_batch))
     return total.total()
 
 
@@ -48,15 +48,30 @@ def test_the_order_of_summation_matters_here() -> None:
 def test_a_sum_is_complete_or_not_given() -> None:
     total = OrderedSum(IDS)
     for micro_batch in IDS[1:]:
-        total.add(micro_batch, gradients_of(micro_batch))
+        total.add([micro_batch], gradients_of(micro_batch))
     with pytest.raises(AssertionError, match="has no gradient yet"):
         total.total()
     with pytest.raises(AssertionError):
-        total.add(IDS[1], gradients_of(IDS[1]))
+        total.add([IDS[1]], gradients_of(IDS[1]))
     with pytest.raises(AssertionError):
-        total.add(MicroBatchId(4, 0, 0), gradients_of(IDS[0]))
-    total.add(IDS[0], gradients_of(IDS[0]))
+        total.add([MicroBatchId(4, 0, 0)], gradients_of(IDS[0]))
+    total.add([IDS[0]], gradients_of(IDS[0]))
     assert set(total.total()) == {"a", "b"}
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_micro_batches_that_ran_together_count_where_the_lowest_of_them_does(early: bool) -> None:
+    together, rest = [IDS[2], IDS[0]], [each for each in IDS if each not in (IDS[0], IDS[2])]
+    expected = sum(gradients_of(each)["a"] for each in (IDS[0], IDS[2], *rest))
+    both = {name: gradients_of(IDS[0])[name] + gradients_of(IDS[2])[name] for name in ("a", "b")}
+    total = OrderedSum(IDS)
+    if early:
+        total.add(together, both)
+    for each in reversed(rest):
+        total.add([each], gradients_of(each))
+    if not early:
+        total.add(together, both)
+    assert torch.equal(total.total()["a"], expected)
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
@@ -108,7 +123,7 @@ def test_gradients_are_collected_from_the_parameters_and_cleared() -> None:
     trainable.expect([MicroBatchId(0, 0, 0), MicroBatchId(0, 0, 1)])
     for number in (1, 0):
         (held["a"].sum() * (number + 1)).backward()
-        trainable.collect(MicroBatchId(0, 0, number))
+        trainable.collect([MicroBatchId(0, 0, number)])
         assert all(parameter.grad is None for parameter in held.values())
     found = trainable.gradients()
     assert torch.equal(found["a"], torch.full_like(held["a"], 3.0))
@@ -118,7 +133,7 @@ def test_gradients_are_collected_from_the_parameters_and_cleared() -> None:
 def test_a_role_that_trains_nothing_does_nothing() -> None:
     trainable = Trainable({}, RECIPE)
     trainable.expect([MicroBatchId(0, 0, 0)])
-    trainable.collect(MicroBatchId(0, 0, 0))
+    trainable.collect([MicroBatchId(0, 0, 0)])
     assert trainable.gradients() == {}
     trainable.apply({}, 1.0, 1.0)
     assert trainable.state() == {}

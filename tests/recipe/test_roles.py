@@ -12,6 +12,7 @@ from splitllm.recipe import (
     SplitRecipe,
     children_of,
     clients_below,
+    command_of,
     parent_of,
     role_names,
     tier_of,
@@ -32,6 +33,8 @@ def test_the_roles_are_a_tree(recipe_with) -> None:
     assert (children_of(recipe, "hub-0"), children_of(recipe, "edge-2")) == (["edge-0", "edge-1"], ["c-4"])
     assert (children_of(recipe, "cloud"), children_of(recipe, "c-0")) == (["hub-0", "hub-1"], [])
     assert (tier_of(recipe, "c-4"), tier_of(recipe, "cloud")) == ((0, 4), (3, 0))
+    commands = {"c-0": "client", "edge-2": "edge", "hub-0": "edge", "cloud": "cloud"}
+    assert {name: command_of(recipe, name) for name in commands} == commands
     below = {name: clients_below(recipe, name) for name in ("cloud", "hub-0", "hub-1", "edge-1", "c-3")}
     assert below == {"cloud": [0, 1, 2, 3, 4], "hub-0": [0, 1, 2, 3], "hub-1": [4], "edge-1": [2, 3], "c-3": [3]}
 

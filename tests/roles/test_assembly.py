@@ -13,8 +13,7 @@ from transformers import get_scheduler
 from splitllm.model.export import save_adapter
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import lora_config, matched_modules
-from splitllm.preflight import tier_bounds
-from splitllm.recipe import Recipe, ScheduleRecipe
+from splitllm.recipe import Recipe, ScheduleRecipe, role_bounds
 from splitllm.roles.assembly import Assembly, Roles, Site, _share, schedule_of, tenant_weights, token_weights
 from splitllm.wire.message import Message
 from tests.families import corpus, recipe, roles_of
@@ -33,7 +32,7 @@ def tree(counts: list[int], cuts: list[int] | None = None) -> Recipe:
 def at(site: Site, wanted: Recipe, clients: int) -> Roles:
     base = Checkpoint(wanted.model.base)
     modules = matched_modules(base.config, None)
-    return Assembly(wanted, corpus(clients, rows=2), base, modules, tier_bounds(wanted, 6), lambda _: 1.0, site).build()
+    return Assembly(wanted, corpus(clients, rows=2), base, modules, role_bounds(wanted, 6), lambda _: 1.0, site).build()
 
 
 def parents(wire: Wire) -> dict[str, dict[int, int]]:

@@ -66,7 +66,7 @@ def test_a_coordinator_computes_nothing() -> None:
 
 @pytest.mark.parametrize("kind", ["open", "close"])
 def test_a_stranger_cannot_open_or_close_a_step(kind: str) -> None:
-    content = {"labels": {0: [1]}} if kind == "open" else {"norms": {}}
+    content = {"labels": {0: [1]}} if kind == "open" else {"norms": {}, "own": {}}
     with pytest.raises(PeerError, match="mallory is not a child here"):
         ask(roles([2, 4]), Message(kind, "mallory", (0, 0, 0), content))  # type: ignore[arg-type]
 
@@ -146,7 +146,9 @@ def test_a_step_is_not_closed_while_a_gradient_is_missing() -> None:
         links = several.links["client"]
         opens = [Message("open", f"client-{n}", (0, n, 0), {"labels": {n: [3]}}) for n in range(2)]
         await asyncio.gather(*(link.request(message) for link, message in zip(links, opens, strict=True)))
-        await links[0].request(Message("close", "client-0", (0, 0, 0), {"norms": {}, "losses": {}, "bytes": {}}))
+        await links[0].request(
+            Message("close", "client-0", (0, 0, 0), {"norms": {}, "own": {}, "losses": {}, "bytes": {}})
+        )
 
     with pytest.raises(PeerError, match=r"client-0 closes step 0, but .*client=0, number=0.* has no gradient yet"):
         asyncio.run(run())

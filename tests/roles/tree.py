@@ -19,9 +19,9 @@ from splitllm.deployment.client import Member
 from splitllm.errors import RejoinError
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import matched_modules
-from splitllm.preflight import Plan, tier_bounds
-from splitllm.recipe import Recipe, children_of, parent_of, role_names, tier_of
-from splitllm.roles.assembly import Assembly, schedule_of
+from splitllm.preflight import Plan
+from splitllm.recipe import Recipe, children_of, parent_of, role_bounds, role_names, sharing, tier_of
+from splitllm.roles.assembly import Assembly, adapter_in, batching_of, entries_of, schedule_of
 from splitllm.roles.checks import Allowed
 from splitllm.roles.client import Client
 from splitllm.roles.device import Inline
@@ -71,20 +71,19 @@ class Past:
         self.origins[step] = origin
 
     def restore(self, step: int) -> None:
-        self.worker.trainable.load(self.kept[step])
+        self.worker.load(self.kept[step])
         self.kept = {kept: tensors for kept, tensors in self.kept.items() if kept <= step}
 
     def adopt(self, step: int, origin: str, tensors: Mapping[str, Any]) -> None:
-        self.worker.trainable.load(tensors)
+        self.worker.load(tensors)
         self.kept = {kept: tensors for kept, tensors in self.kept.items() if kept <= step}
         self._keep(step, origin)
 
     def state(self) -> Tensors:
-        return self.worker.trainable.state()
+        return self.worker.state()
 
     def adapter(self) -> Tensors:
-        prefix = "adapter/"
-        return {name.removeprefix(prefix): t for name, t in self.state().items() if name.startswith(prefix)}
+        return adapter_in(self.state())
 
     def closing_words(self) -> dict[str, Any]:
         return {"rss_mib": 1.0}
@@ -94,9 +93,10 @@ class Past:
 
     def scramble(self) -> None:
         """A new process knows nothing."""
-        for parameter in self.worker.trainable.parameters.values():
-            parameter.data.fill_(float("nan"))
-            parameter.grad = None
+        for trainable in (self.worker.trainable, *self.worker.own.values()):
+            for parameter in trainable.parameters.values():
+                parameter.data.fill_(float("nan"))
+                parameter.grad = None
 
 
 class Process:
@@ -172,7 +172,7 @@ class Tree:
         self.allowed: dict[str, Allowed] = {}
         self.schedule = schedule_of(recipe.train.schedule, recipe.train.steps)
         self.assembly = Assembly(
-            recipe, corpus, base, modules, tier_bounds(recipe, base.config.num_hidden_layers), self.schedule
+            recipe, corpus, base, modules, role_bounds(recipe, base.config.num_hidden_layers), self.schedule
         )
         self.names = [name for names in reversed(role_names(recipe).values()) for name in names]
         self.pasts = {name: self._past(name) for name in self.names}
@@ -191,7 +191,7 @@ class Tree:
 
     def _past(self, name: str) -> Past:
         tier, index = tier_of(self.recipe, name)
-        return Past(list(self.recipe.split.tiers)[tier], self.assembly.worker(tier, index))
+        return Past(sharing(self.recipe, name), self.assembly.worker(tier, index))
 
     async def delay(self) -> None:
         """As a network is: others go first."""
@@ -236,14 +236,15 @@ class Tree:
         name, past = process.name, self.pasts[process.name]
         tier, children = tier_of(self.recipe, name)[0], children_of(self.recipe, name)
         parent = parent_of(self.recipe, name)
-        replicas = list(self.recipe.split.tiers.values())[tier]
         server = Server(
             name,
             children,
             past.worker,
             uplink=Wire(self, process, parent) if parent is not None else None,
             top=self.assembly.top(self._observe) if parent is None else None,
-            replicas=replicas,
+            summed=self.assembly.summed(past.worker),
+            entries=entries_of(self.recipe, name),
+            batching=batching_of(self.recipe, past.worker, Inline()),
             schedule=self.schedule,
             commit=past.commit,
         )
@@ -281,7 +282,7 @@ class Tree:
             BatchStream(self.corpus.train[index], train.batch_size, self.recipe.seed, index),
             eval_batches(self.corpus.eval[index], train.batch_size),
             whole=False,
-            replicas=next(iter(self.recipe.split.tiers.values())),
+            summed=self.assembly.summed(past.worker),
             accumulate=train.accumulate,
             in_flight=train.in_flight,
             schedule=self.schedule,

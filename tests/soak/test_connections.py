@@ -27,7 +27,8 @@ from splitllm.wire.coding import Coding
 from splitllm.wire.envelopes import request_values
 from splitllm.wire.frames import Envelope, FrameType, to_frames
 from splitllm.wire.message import Message
-from tests.soak.roles import ROOT, Roles, free_port
+from tests.processes import ROOT, free_port
+from tests.soak.roles import Roles
 from tests.soak.watch import Watch, watching
 from tests.tiny import save_base, write_rows
 from tests.wire.corpus.record import run_in_process
@@ -187,15 +188,15 @@ def stop(roles: Roles) -> dict[str, int]:
 
 @pytest.mark.soak
 def test_64_connections_on_one_edge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hold(tmp_path, capsys, 64, LONG)
+    assert_the_edge_carries(tmp_path, capsys, 64, LONG)
 
 
 @pytest.mark.system
 def test_12_connections_on_one_edge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hold(tmp_path, capsys, 12, 8.0)
+    assert_the_edge_carries(tmp_path, capsys, 12, 8.0)
 
 
-def hold(folder: Path, capsys: pytest.CaptureFixture[str], clients: int, seconds: float) -> None:
+def assert_the_edge_carries(folder: Path, capsys: pytest.CaptureFixture[str], clients: int, seconds: float) -> None:
     record(load_recipe(write_wide_recipe(folder, clients, RECORDED_STEPS), ()), folder / "recorded")
     roles = Roles(write_wide_recipe(folder, clients, MOST_STEPS), folder / "run")
     try:

@@ -25,13 +25,13 @@ from splitllm.deployment.bounds import allowed, limits
 from splitllm.model.loading import Checkpoint
 from splitllm.preflight import prepare
 from splitllm.recipe import fingerprint
+from tests.processes import ADAPTER
 from tests.soak.hostile import Attack
 from tests.soak.roles import Roles
 from tests.soak.watch import Watch, watching
 from tests.wire.corpus.record import run_in_process, write_two_tier_recipe
 from tests.wire.serving import relayed
 
-ADAPTER = Path("adapter/adapter_model.safetensors")
 LONG = int(os.environ.get("FUZZ_FRAMES", "100000"))
 MEMORY_GROWTH = 0.05
 AFTER_WARM_UP, AT_THE_END = (0.1, 0.2), (0.9, 1.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from splitllm.checkpoint import newest
 from splitllm.metrics import read_records
 from splitllm.recipe import load_recipe
 from splitllm.train import train
+from tests.processes import free_port
 from tests.tiny import write_recipe
 
 pytestmark = pytest.mark.system
@@ -35,12 +35,6 @@ LAUNCHERS = {
 def folder(tmp_path: Path) -> Path:
     write_recipe(tmp_path)
     return tmp_path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def launch(launcher: list[str], folder: Path, *words: str) -> subprocess.Popen[str]:

@@ -229,7 +229,7 @@ def test_three_machines_give_the_adapter_of_train_though_a_cable_was_pulled(
         machines.wait(lambda: len(machines.events("client-0", "step")) >= 2)
         assert machines.health("client-0", "edge") == "SERVING"
         if isinstance(network, Namespaces):
-            check_ports(network)
+            assert_ports_are_open_to_whom_they_should(network)
             network.plug("client", "down")
             time.sleep(SECONDS_WITHOUT_LINK)
             network.plug("client", "up")
@@ -245,7 +245,7 @@ def test_three_machines_give_the_adapter_of_train_though_a_cable_was_pulled(
     assert (run / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
 
 
-def check_ports(network: Namespaces) -> None:
+def assert_ports_are_open_to_whom_they_should(network: Namespaces) -> None:
     """Servers listen at one port, clients at none; behind the page's firewall only those may call who have to."""
     assert [network.listening(machine) for machine in ROLES] == [{PORT}, {PORT}, set()]
     if shutil.which("nft") is None:

@@ -69,7 +69,7 @@ def some_frames(rng: Random) -> list[bytes]:
     return found
 
 
-async def attack(seed: int, frames: int) -> int:
+async def assert_only_refusals(seed: int, frames: int) -> int:
     """Streams of one child, one after another or at once; how many were refused."""
     rng, fatal = Random(seed), list[BaseException]()
     check, most = bounds()
@@ -119,6 +119,6 @@ def test_broken_frames_are_refused_and_nothing_else_happens(count: int) -> None:
     @example(0)
     @given(st.integers(0, 1 << 64))
     def fuzz(seed: int) -> None:
-        asyncio.run(attack(seed, FRAMES))
+        asyncio.run(assert_only_refusals(seed, FRAMES))
 
     fuzz()

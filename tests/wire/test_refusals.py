@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -25,6 +25,7 @@ from splitllm.wire.remote import CALLS_A_NAME, METHOD, Dialer
 from splitllm.wire.signing import Authority, certificate_pem, key_pem, new_key, sign_role
 from splitllm.wire.stream import Disconnected, Refused
 from splitllm.wire.uplink import RemoteLink
+from tests.processes import free_port
 from tests.wire.serving import HELLO, Served, dialer, linked, raises, relayed, run, served, until
 
 LAST_YEAR = datetime.now(UTC) - timedelta(days=400)
@@ -377,24 +378,12 @@ def test_a_server_of_something_else() -> None:
     run(test)
 
 
-def test_nobody_listening_is_no_refusal(unused: Callable[[], int]) -> None:
+def test_nobody_listening_is_no_refusal() -> None:
     async def test() -> None:
-        async with Dialer(f"127.0.0.1:{unused()}", "cloud", None, 10.0).dial() as stream:
+        async with Dialer(f"127.0.0.1:{free_port()}", "cloud", None, 10.0).dial() as stream:
             assert "Connection refused" in await raises(stream.read(), Disconnected)
 
     run(test)
-
-
-@pytest.fixture
-def unused() -> Callable[[], int]:
-    import socket
-
-    def port() -> int:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            return int(found.getsockname()[1])
-
-    return port
 
 
 @pytest.mark.parametrize("kind", ["check", "answer", "defect"])

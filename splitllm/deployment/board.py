@@ -1,0 +1,145 @@
+"""What the top writes of a run whose clients go at their own pace: of each its lines and its adapter, and a summary."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from splitllm.deployment.record import memory_of
+from splitllm.deployment.station import Station
+from splitllm.metrics import Metrics, replace_text
+from splitllm.model.lora import adapter_shapes
+from splitllm.model.trainable import Tensors
+from splitllm.recipe import dump_recipe, lora_of, role_names, what_leaves_in_a_deployment
+from splitllm.roles.server import StepSums
+from splitllm.running.outcome import RECIPE
+from splitllm.running.places import adapter_folders
+from splitllm.running.results import export_of, summary_of
+from splitllm.running.state import Totals
+
+logger = logging.getLogger(__name__)
+
+
+class Board:
+    """The run as the top sees it.
+
+    Args:
+        station: of the top.
+        metrics: writes `metrics.jsonl` and `summary.json`.
+    """
+
+    def __init__(self, station: Station, metrics: Metrics) -> None:
+        self.station, self.metrics = station, metrics
+        names = next(iter(role_names(station.recipe).values()))
+        self.records = {client: LaneRecord(self, client, name) for client, name in enumerate(names)}
+        replace_text(station.options.directory / RECIPE, dump_recipe(station.recipe))
+        for record in self.records.values():
+            record.begun(station.recipe.train.steps)
+
+    def done(self) -> None:
+        """When every client has its adapter: write the summary, unless that was done already."""
+        directory, recipe = self.station.options.directory, self.station.recipe
+        folders, records = adapter_folders(recipe, directory), self.records.values()
+        if not all(folder.exists() for folder in folders) or (directory / "summary.json").exists():
+            return
+        totals = Totals()
+        for record in records:
+            mine = record.totals
+            totals.add(mine.tokens, mine.seconds, mine.bytes_up, mine.bytes_down)
+        totals.seconds = max(record.totals.seconds for record in records)
+        totals.loss_before, totals.loss_after = (self._mean(step) for step in (0, recipe.train.steps))
+        words = {role: said for record in records for role, said in record.words.items()}
+        numbers = sum(self._numbers(client) for client in self.records)
+        self.metrics.write_summary(summary_of(totals, numbers, memory_of(words), what_leaves_in_a_deployment(recipe)))
+        logger.info("done", extra={"fields": {"adapters": str(folders[0].parent), "loss": totals.loss_after}})
+
+    def _numbers(self, client: int) -> int:
+        """In the adapter of one client."""
+        plan = self.station.plan
+        shapes = adapter_shapes(plan.config, lora_of(plan.recipe, client), plan.modules)
+        return sum(shape.numel() for shape in shapes.values())
+
+    def _mean(self, step: int) -> float | None:
+        found = [record.evaluations[step] for record in self.records.values() if step in record.evaluations]
+        labels = sum(count for _, count in found)
+        return sum(loss * count for loss, count in found) / labels if labels else None
+
+
+@dataclass
+class LaneRecord:
+    """One client's lane as the top sees it.
+
+    Attributes:
+        totals: sums over its steps; seconds are those that its steps took.
+        evaluations: step -> held-out loss and labels.
+        words: closing words of the roles of this lane.
+    """
+
+    board: Board
+    client: int
+    name: str
+    totals: Totals = field(default_factory=Totals)
+    evaluations: dict[int, tuple[float, int]] = field(default_factory=dict)
+    words: dict[str, Any] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def values(self) -> dict[str, Any]:
+        """What the journal keeps."""
+        return {name: value for name, value in asdict(self.totals).items() if not name.startswith("loss")}
+
+    def put_back(self, values: Mapping[str, Any]) -> None:
+        """Be as the journal tells."""
+        self.totals = Totals(**values)
+
+    def begun(self, step: int) -> bool:
+        """A generation of this lane goes on from a step: what was written of it after that is dropped.
+
+        Returns:
+            Whether the evaluation of that step is written.
+        """
+        kept = self.board.metrics.truncate_to(step, client=self.name)
+        mine = [record for record in kept if record["event"] == "eval" and record.get("client") == self.name]
+        self.evaluations = {record["step"]: (record["loss"], record["labels"]) for record in mine if record["loss"]}
+        self._since = time.perf_counter()
+        return any(record["step"] == step for record in mine)
+
+    def stepped(self, step: int, sums: StepSums) -> None:
+        """A step is about to be committed; one whose gradients are not finite changes nothing, and is said."""
+        ((loss, labels, tokens),) = sums.losses.values()
+        seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
+        up, down = (sum(crossed[way] for crossed in sums.crossed.values()) for way in (0, 1))
+        self.totals.add(int(tokens), seconds, up, down)
+        if loss is None:
+            fields: dict[str, Any] = {"client": self.name, "step": step + 1}
+            logger.warning("its loss is not finite: no step for this client", extra={"fields": fields})
+        train = self.board.station.recipe.train
+        if (step + 1) % train.log_every and step + 1 < train.steps:
+            return
+        fields = {
+            "client": self.name,
+            "step": step + 1,
+            "loss": None if loss is None else loss / max(1, labels),
+            **self.totals.since_logged(),
+            "lr": train.optimizer.lr * self.board.station.schedule(step),
+            "grad_norm": sums.norm,
+        }
+        self.board.metrics.log("train", **fields)
+        logger.info("step", extra={"fields": fields})
+
+    def evaluated(self, step: int, losses: Mapping[int, Sequence[Any]]) -> None:
+        """The client has told its loss over its held-out rows."""
+        ((loss, labels, tokens),) = losses.values()
+        mean = loss / labels if labels else 0.0
+        self.evaluations[step] = mean, labels
+        self.board.metrics.log("eval", client=self.name, step=step, loss=mean, labels=int(labels), tokens=int(tokens))
+        logger.info("evaluation", extra={"fields": {"client": self.name, "step": step, "loss": mean}})
+        self._since = time.perf_counter()
+
+    def finish(self, words: Mapping[str, Any], adapter: Tensors) -> None:
+        """This lane has come to its end: write the client's adapter; with the last of them the summary."""
+        self.words = dict(words)
+        export_of(self.board.station.plan, self.board.station.options.directory, adapter, self.client)
+        self.board.done()

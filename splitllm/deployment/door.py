@@ -1,0 +1,144 @@
+"""What a server's children stand before: one gate for all of them, or a lane each; of an edge, or of the top."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from rich.console import Console
+
+from splitllm.deployment.board import Board, LaneRecord
+from splitllm.deployment.bounds import allowed
+from splitllm.deployment.journal import Journal
+from splitllm.deployment.past import Past
+from splitllm.deployment.record import Record
+from splitllm.deployment.station import Station
+from splitllm.metrics import Metrics
+from splitllm.model.trainable import Trainable
+from splitllm.recipe import Recipe, children_of, clients_below, goes_by_lanes
+from splitllm.roles.assembly import batching_of, entries_of
+from splitllm.roles.gate import Gate
+from splitllm.roles.generation import Summit
+from splitllm.roles.lanes import Lanes
+from splitllm.roles.runner import Batching
+from splitllm.roles.server import Server
+from splitllm.roles.worker import Worker
+from splitllm.wire.uplink import RemoteLink
+
+logger = logging.getLogger(__name__)
+Door = Gate | Lanes
+EVERYBODY = -1
+"""The lane of a server that has only one, for all its clients."""
+
+
+def journals_of(station: Station) -> dict[int, Journal]:
+    """Of the lanes of a server: those of its clients, or one for everybody.
+
+    Raises:
+        CheckpointError: another process has one open, or it is that of another run.
+    """
+    if not goes_by_lanes(station.recipe):
+        return {EVERYBODY: station.journal()}
+    return {client: station.journal(f"client-{client}") for client in clients_below(station.recipe, station.name)}
+
+
+def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, uplink: RemoteLink | None) -> Door:
+    """The server with its door, of an edge or, where there is no uplink, of the top."""
+    batching = batching_of(station.recipe, worker, station.device)
+    metrics = Metrics(station.options.directory, steps=station.recipe.train.steps, console=Console(quiet=True))
+    if uplink is None:
+        _say_what_is_left_out(station.recipe)
+    if EVERYBODY in journals:
+        record = Record(station, metrics) if uplink is None else None
+        return _gate(station, journals[EVERYBODY], worker, batching, uplink, record, EVERYBODY)
+    board = Board(station, metrics) if uplink is None else None
+    gates = {}
+    for client, journal in journals.items():
+        mine = replace(
+            worker, trainable=Trainable({}, station.recipe.train.optimizer), own={client: worker.own[client]}
+        )
+        lane = board.records[client] if board is not None else None
+        gates[client] = _gate(station, journal, mine, batching, uplink, lane, client)
+        if lane is not None and journal.finished:
+            lane.put_back(journal.newest_values()["beside"])
+    if board is not None:
+        board.done()
+    return Lanes(gates, batching)
+
+
+def room_of(recipe: Recipe, under_way: int, clients: int) -> int:
+    """Requests of one child that are answered at once: micro-batches, and what its clients do together or each."""
+    return under_way * clients + (clients if goes_by_lanes(recipe) else 1)
+
+
+def _gate(
+    station: Station,
+    journal: Journal,
+    worker: Worker,
+    batching: Batching,
+    uplink: RemoteLink | None,
+    record: Record | LaneRecord | None,
+    client: int,
+) -> Gate:
+    recipe, name = station.recipe, station.name
+    past = Past(station, journal, worker)
+    if record is not None:
+        past = Past(station, journal, worker, record.values, record.put_back)
+    children = children_of(recipe, name)
+    if client != EVERYBODY:
+        children = [child for child in children if client in clients_below(recipe, child)]
+    server = Server(
+        name,
+        children,
+        worker,
+        uplink=uplink,
+        top=station.assembly().top(record.stepped) if record is not None else None,
+        summed=station.assembly().summed(worker),
+        entries=entries_of(recipe, name),
+        schedule=station.schedule,
+        batching=batching,
+        device=station.device,
+        commit=past.commit if record is not None else _said(past, client),
+    )
+    return Gate(
+        server,
+        past,
+        allowed(station.plan, name, None if client == EVERYBODY else client),
+        summit=_summit(record, past) if record is not None else None,
+        patience=_patience(station),
+        finished_at=recipe.train.steps if journal.finished else None,
+        lane=max(client, 0),
+    )
+
+
+def _said(past: Past, client: int) -> Callable[[int, int], None]:
+    """What a server below the top does at each commit: it is the top that tells more of it."""
+
+    def commit(step: int, generation: int) -> None:
+        past.commit(step, generation)
+        lane = {} if client == EVERYBODY else {"client": client}
+        logger.info("step", extra={"fields": {"step": step, **lane}})
+
+    return commit
+
+
+def _summit(record: Record | LaneRecord, past: Past) -> Summit:
+    """Generations are numbered by the clock, and on from the last that committed a step, should the clock go back."""
+    committed = [int(origin) for step, origin in past.standing().states if step]
+    first = max([time.time_ns() // 1_000_000, *committed])
+    return Summit(record.begun, record.evaluated, record.finish, first=first)
+
+
+def _say_what_is_left_out(recipe: Recipe) -> None:
+    """A deployment has no place that holds all rows, or the whole base: what needs them is for `splitllm train`."""
+    for key, wanted in (("verify_adapter", recipe.train.verify_adapter), ("trackers", recipe.train.trackers)):
+        if wanted:
+            logger.info("left out", extra={"fields": {"key": f"train.{key}", "reason": "only splitllm train does it"}})
+
+
+def _patience(station: Station) -> float | None:
+    """Servers further up wait longer, so that those below them have decided first."""
+    wire = station.recipe.wire
+    return wire.drop_after * station.tier if wire.absent == "drop" else None

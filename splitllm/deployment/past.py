@@ -1,0 +1,90 @@
+"""What a role can go back to: the states in its journal, and the worker that they are about."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from splitllm.deployment.journal import Journal
+from splitllm.deployment.station import Station
+from splitllm.recipe import sharing, start_digest
+from splitllm.roles.assembly import adapter_in
+from splitllm.roles.recovery import Standing
+from splitllm.roles.together import Tensors
+from splitllm.roles.worker import Worker
+
+MIB = 2**20
+HELD = "held: "
+"""Before the name of a part in closing words: what the tensors of that part took at most."""
+
+
+class Past:
+    """What a role can go back to: its journal, and the worker that it is about.
+
+    Args:
+        station: whose it is.
+        journal: of that role.
+        worker: its shard.
+        values: plain values to keep beside the tensors.
+        put_back: takes those values when the role goes back.
+    """
+
+    def __init__(
+        self,
+        station: Station,
+        journal: Journal,
+        worker: Worker,
+        values: Callable[[], Mapping[str, Any]] = dict,
+        put_back: Callable[[Mapping[str, Any]], None] = lambda values: None,
+    ) -> None:
+        self.journal, self.worker, self._shares = journal, worker, sharing(station.recipe, station.name)
+        self._values, self._put_back = values, put_back
+        if not self.journal.steps():
+            self._keep(0, start_digest(station.recipe))
+
+    def standing(self) -> Standing:
+        """The states that are kept."""
+        states = ((step, str(values["origin"])) for step, values in self.journal.values().items())
+        return Standing(self._shares, tuple(states))
+
+    def commit(self, step: int, generation: int) -> None:
+        """Keep the state as it is after `step` steps, of which the last was this generation's."""
+        self._keep(step, str(generation))
+
+    def restore(self, step: int) -> None:
+        """Be as after `step` steps; what came later is forgotten."""
+        tensors, values = self.journal.read(step)
+        self.worker.load(tensors)
+        self._put_back(values["beside"])
+        self.journal.forget_after(step)
+
+    def adopt(self, step: int, origin: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Be as another role of the tier is in that state."""
+        self.worker.load(tensors)
+        self.journal.forget_after(step)
+        self._keep(step, origin)
+
+    def _keep(self, step: int, origin: str) -> None:
+        self.journal.write(step, self.state(), {"origin": origin, "beside": self._values()})
+
+    def state(self) -> Tensors:
+        """Adapter and optimiser as they are."""
+        return self.worker.state()
+
+    def adapter(self) -> Tensors:
+        """The role's part of the adapter."""
+        return adapter_in(self.state())
+
+    def mark_finished(self) -> None:
+        """The run is complete, and stays so when this process ends."""
+        self.journal.mark_finished()
+
+    def closing_words(self) -> dict[str, float]:
+        """Memory of this process, and what its tensors took at most, in MiB."""
+        words = {"rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
+        if self.worker.device.type == "cuda":
+            words["gpu_mib"] = round(torch.cuda.max_memory_allocated(self.worker.device) / MIB, 1)
+        return words | {f"{HELD}{name}": round(size / MIB, 2) for name, size in self.worker.peak().items()}

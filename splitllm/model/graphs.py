@@ -1,0 +1,215 @@
+"""What the graph of a micro-batch keeps for its backward, in bytes, found without memory for it.
+
+The blocks themselves run on PyTorch's fake tensors, which have shapes and no contents, take the CPU's kernels and save
+what those save; on another device kernels may save other things. Of blocks that are alike two run, and all others cost
+what the second did.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from splitllm.model.families import layout_of
+from splitllm.model.joined import Joined, Rows
+from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, block_of
+from splitllm.model.randomness import MicroBatchId
+from splitllm.model.shard import NoPositions, Passthrough, Shard, meta_model
+from splitllm.model.tenants import Tenants
+from splitllm.recipe import LoraRecipe
+
+TENANTS = 2  # in the batch where adapters are their own: from two on they are stacked
+NOBODY = range(0)
+
+Kind = tuple[object, ...]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One micro-batch in blocks `start` to `stop - 1`: all that its graph depends on beside the configuration.
+
+    Attributes:
+        lora: the adapter.
+        modules: global names of the modules that it adapts, in the whole model. Where any lies below `start`, the
+            gradient of the input is wanted too.
+        start: the first block that runs.
+        stop: the block after the last.
+        rows: of the micro-batch, all of them full.
+        length: of each row, in tokens.
+        dtype: of the weights.
+        attention: transformers' `attn_implementation`; None for its default.
+        checkpointing: whether only the blocks' inputs are kept; one block's graph comes back in the backward.
+        packed: whether rows hold several documents.
+        mixed: whether the forward runs under bf16 autocast.
+        own: the global blocks whose adapter is each tenant's own; there another tenant is taken to be in the batch.
+    """
+
+    lora: LoraRecipe = field(hash=False)
+    modules: tuple[str, ...]
+    start: int
+    stop: int
+    rows: int
+    length: int
+    dtype: torch.dtype
+    attention: str | None = None
+    checkpointing: bool = False
+    packed: bool = False
+    mixed: bool = False
+    own: range = NOBODY
+
+
+def bytes_by_block(config: PreTrainedConfig, work: Work) -> tuple[int, ...]:
+    """What each block keeps, from `work.start` on; masks and tables that blocks share count with the lowest.
+
+    Args:
+        config: of the whole text model.
+        work: the micro-batch, and where it runs.
+    """
+    return _by_block(config.to_json_string(), type(config).from_dict, work) if work.start < work.stop else ()
+
+
+@lru_cache(maxsize=256)
+def _by_block(config_json: str, from_dict: Callable[..., Any], work: Work) -> tuple[int, ...]:
+    config = from_dict(json.loads(config_json))
+    model, layout = meta_model(config, work.dtype, work.attention), layout_of(config)
+    slots: nn.ModuleList = getattr(getattr(model, layout.base), layout.blocks)
+    kinds = _kinds(config, slots, work)
+    first = {kind: layer for layer, kind in reversed(kinds.items())}
+    second = {kind: layer for layer, kind in reversed(kinds.items()) if layer != first[kind]}
+    layers = sorted({*first.values(), *second.values()})
+    calls = _calls(model, work)
+    for layer in layers:
+        getattr(getattr(model, layout.base), layout.blocks)[layer] = slots[layer]
+    with torch.device("meta"):
+        shard = _shard(model, work, layers)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        faked = {layer: tree_map_only(torch.Tensor, mode.from_tensor, calls[layer]) for layer in layers}
+        weights = _with_tenants(shard.to_empty(device="cpu"), work, layers)
+        kept = _kept(shard, faked, weights, work)
+    return tuple(kept[layer if layer == first[kind] else second[kind]] for layer, kind in kinds.items())
+
+
+def _kinds(config: PreTrainedConfig, slots: nn.ModuleList, work: Work) -> dict[int, Kind]:
+    """Layer -> what it has in common with those that keep as much."""
+    adapted: dict[int, list[str]] = {}
+    for name in work.modules:
+        adapted.setdefault(block_of(config, name), []).append(name.split(".", 3)[3])
+    types, trains = getattr(config, "layer_types", None), any(layer < work.start for layer in adapted)
+    kinds: dict[int, Kind] = {}
+    for layer in range(work.start, work.stop):
+        shapes = tuple((name, parameter.shape) for name, parameter in slots[layer].named_parameters())
+        own = layer in work.own
+        kinds[layer] = (types and types[layer], shapes, tuple(adapted.get(layer, ())), own, trains)
+        trains = trains or layer in adapted
+    return kinds
+
+
+class _Recorder(Passthrough):
+    """In the slot of every block: notes what the model would call the block with."""
+
+    call: Call = ((), {})
+
+    def forward(self, hidden_BSD: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """The input itself."""
+        self.call = args, kwargs
+        return hidden_BSD
+
+
+class _Saved:
+    """A tensor saved for the backward; it goes when its node of the graph does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.storage = tensor, tensor.untyped_storage()
+
+
+def _calls(model: PreTrainedModel, work: Work) -> dict[int, Call]:
+    """Layer -> what the model calls its block with beside the hidden states; leaves every slot without a block.
+
+    Masks are made for real, since a model that sees fake tensors takes every row for a packed one.
+    """
+    layout = layout_of(model.config)
+    base = getattr(model, layout.base)
+    recorders = nn.ModuleList(_Recorder(block) for block in getattr(base, layout.blocks))
+    setattr(base, layout.blocks, recorders)
+    for name in (layout.embeddings, layout.norm):
+        setattr(base, name, Passthrough(getattr(base, name)))
+    model.set_output_embeddings(Passthrough(model.get_output_embeddings()))
+    if layout.positions:
+        setattr(base, layout.positions, NoPositions())
+    rows, length = work.rows * _tenants(work), work.length
+    inputs_BSD = torch.zeros(1, 1, 1, dtype=work.dtype).expand(rows, length, model.config.hidden_size)
+    position_ids_BS = (torch.arange(length) % max(1, length // 2)).expand(rows, length) if work.packed else None
+    with torch.no_grad():
+        model.eval()
+        base(inputs_embeds=inputs_BSD, position_ids=position_ids_BS, use_cache=False)
+    return {layer: recorder.call for layer, recorder in enumerate(recorders) if isinstance(recorder, _Recorder)}
+
+
+def _tenants(work: Work) -> int:
+    return TENANTS if any(work.start <= layer < work.stop for layer in work.own) else 1
+
+
+def _shard(model: PreTrainedModel, work: Work, layers: Sequence[int]) -> Shard:
+    """The shard that has only these layers, with the adapter that all tenants share, in training."""
+    config, layout = model.config, layout_of(model.config)
+    shard = Shard(model, layout, work.start, work.stop, embeddings=None, head=None, seed=0).requires_grad_(False)
+    shared = [name for name in work.modules if (layer := block_of(config, name)) in layers and layer not in work.own]
+    add_lora(shard, work.lora, shared, seed=0)
+    for parameter in adapter_parameters(shard).values():
+        parameter.data = parameter.data.to(adapter_dtype(work.dtype))
+    if work.checkpointing:
+        shard.checkpoint_activations()
+    return shard.train()
+
+
+def _with_tenants(shard: Shard, work: Work, layers: Sequence[int]) -> list[nn.Parameter]:
+    """Say whose rows are in the batch and give each tenant its own adapter; returns all weights and adapters."""
+    lengths, clients = (work.length,) * work.rows, range(_tenants(work))
+    members = tuple(Rows(MicroBatchId(0, client, 0), lengths, work.start) for client in clients)
+    shard.key.joined = Joined(members)  # and no micro-batch: that would seed torch's own generator
+    adapters: list[nn.Parameter] = []
+    if len(clients) > 1:
+        modules = [name for name in work.modules if block_of(shard.model.config, name) in layers]
+        tenants, dtype = Tenants(shard, modules, work.own, seed=0), adapter_dtype(work.dtype)
+        for client in clients:
+            adapters.extend(tenants.add(client, work.start, work.lora, dtype, torch.device("cpu")).values())
+    return [*shard.parameters(), *adapters]
+
+
+def _kept(shard: Shard, calls: Mapping[int, Call], weights: Sequence[nn.Parameter], work: Work) -> dict[int, int]:
+    """Layer -> what its block adds, where these layers run one after another."""
+    config, tenants = shard.model.config, _tenants(work)
+    slots = getattr(getattr(shard.model, shard.layout.base), shard.layout.blocks)
+    apart = {parameter.untyped_storage()._cdata for parameter in weights}
+    saved: WeakSet[_Saved] = WeakSet()
+
+    def keep(tensor: torch.Tensor) -> _Saved:
+        handle = _Saved(tensor)
+        saved.add(handle)
+        return handle
+
+    def held() -> int:
+        storages = {handle.storage._cdata: handle.storage.nbytes() for handle in saved}
+        return sum(size for storage, size in storages.items() if storage not in apart)
+
+    autocast = torch.autocast("cpu", torch.bfloat16) if work.mixed else nullcontext()
+    hidden_BSD = torch.empty(work.rows * tenants, work.length, config.hidden_size, dtype=work.dtype)
+    hidden_BSD.requires_grad_(any(block_of(config, name) < work.start for name in work.modules))
+    kept, before = {}, 0
+    with torch.enable_grad(), autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda handle: handle.tensor):
+        for layer, (args, kwargs) in calls.items():
+            hidden_BSD = slots[layer](hidden_BSD, *args, **kwargs)
+            kept[layer], before = (held() - before) // tenants, held()
+    return kept

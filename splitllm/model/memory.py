@@ -1,0 +1,232 @@
+"""What a role and each of its tenants will hold, in bytes, before anything is loaded.
+
+Weights, adapters and optimisers follow from shapes; what a micro-batch keeps for its backward is found by
+`splitllm.model.graphs`. Not counted: buffers, a head's chunk of logits, and scratch memory of kernels and optimiser.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from splitllm.model.families import layout_of
+from splitllm.model.graphs import NOBODY, Work, bytes_by_block
+from splitllm.model.lora import adapter_dtype, adapter_shapes, block_of, in_model
+from splitllm.model.shard import meta_model
+from splitllm.recipe import LoraRecipe, Recipe, client_cuts, lora_of, own_blocks, role_bounds, tier_of
+
+STEP_BYTES = 4  # AdamW counts the steps of each tensor in fp32
+OPTIMIZER_BYTES: dict[str, Callable[[int, int], int]] = {"adamw": lambda held, tensors: 2 * held + STEP_BYTES * tensors}
+"""Optimiser -> its state from the first step on, given the adapter's bytes and its number of tensors."""
+CROSSING = 4  # hidden states in and out, and the gradient of each
+
+
+@dataclass(frozen=True)
+class Price:
+    """Bytes that a role or a tenant holds, by what they are for.
+
+    Attributes:
+        weights: frozen; of a role only, as its tenants share them.
+        adapter: what trains.
+        gradients: of the adapter, the step's sum.
+        optimizer: its state for the adapter.
+        activations: kept between forward and backward, and one block's graph where activations are checkpointed.
+        messages: hidden states and gradients that come in and go out.
+    """
+
+    weights: int = 0
+    adapter: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    messages: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(astuple(self))
+
+
+def role_price(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], name: str) -> Price:
+    """What a role holds: a server before it has any tenant, a client with its own micro-batches.
+
+    Args:
+        recipe: as it was resolved.
+        config: of the whole text model.
+        modules: global names of the modules that LoRA adapts.
+        name: of the role.
+
+    Raises:
+        RecipeError: `split.tiers` has no such role.
+    """
+    (tier, index), layers = tier_of(recipe, name), config.num_hidden_layers
+    start, stop = role_bounds(recipe, layers)[name]
+    head = tier == (0 if recipe.split.labels == "client" else len(recipe.split.tiers) - 1)
+    weights = shard_bytes(config, start, stop, head, _dtype_of(recipe))
+    if tier > 0:
+        shared = [module for module in modules if block_of(config, module) not in own_blocks(recipe, layers)]
+        return replace(_trained(recipe, recipe.lora, config, shared, start, stop), weights=weights)
+    lora, held = lora_of(recipe, index), recipe.train.in_flight
+    graphs = _graphs(config, replace(work_of(recipe, modules, start, stop), lora=lora), held)
+    crossing = (stop < layers) * CROSSING // 2 * _hidden_bytes(recipe, config, None, None)
+    trained = _trained(recipe, lora, config, modules, start, stop)
+    return replace(trained, weights=weights, activations=graphs, messages=held * crossing)
+
+
+def tenant_price(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    modules: Sequence[str],
+    server: str,
+    client: int,
+    *,
+    rows: int | None = None,
+    length: int | None = None,
+    in_flight: int = 1,
+) -> Price:
+    """What one client adds to a server.
+
+    Args:
+        recipe: as it was resolved, of two tiers or more.
+        config: of the whole text model.
+        modules: global names of the modules that LoRA adapts.
+        server: its name.
+        client: the client's number.
+        rows: of a micro-batch; None for the recipe's batch size.
+        length: tokens of its longest row; None for the recipe's limit.
+        in_flight: its micro-batches between forward and backward.
+
+    Raises:
+        RecipeError: `split.tiers` has no such server.
+    """
+    tier_of(recipe, server)
+    layers, lora = config.num_hidden_layers, lora_of(recipe, client)
+    own, (start, stop) = own_blocks(recipe, layers), role_bounds(recipe, layers)[server]
+    entry = max(start, client_cuts(recipe)[client])
+    mine = [name for name in modules if block_of(config, name) in own]
+    work = work_of(recipe, modules, entry, stop, rows=rows, length=length, own=own)
+    return replace(
+        _trained(recipe, lora, config, mine, entry, stop),
+        activations=_graphs(config, replace(work, lora=lora), in_flight),
+        messages=in_flight * CROSSING * _hidden_bytes(recipe, config, rows, length),
+    )
+
+
+def work_of(
+    recipe: Recipe,
+    modules: Sequence[str],
+    start: int,
+    stop: int,
+    *,
+    rows: int | None = None,
+    length: int | None = None,
+    own: range = NOBODY,
+) -> Work:
+    """One micro-batch of a recipe in blocks `start` to `stop - 1`; rows and length are the recipe's unless given."""
+    return Work(
+        lora=recipe.lora,
+        modules=tuple(modules),
+        start=start,
+        stop=stop,
+        rows=rows or recipe.train.batch_size,
+        length=length or recipe.data.max_length,
+        dtype=_dtype_of(recipe),
+        attention=recipe.model.attention,
+        checkpointing=recipe.train.activation_checkpointing,
+        packed=recipe.data.pack,
+        mixed=recipe.train.mixed_precision is not None,
+        own=own,
+    )
+
+
+def activation_bytes(config: PreTrainedConfig, work: Work) -> int:
+    """What the graph of one micro-batch keeps from its forward to its backward."""
+    return sum(bytes_by_block(config, work))
+
+
+def recomputed_bytes(config: PreTrainedConfig, work: Work) -> int:
+    """The graph of the largest block, which a backward builds again where activations are checkpointed; 0 otherwise."""
+    return max(bytes_by_block(config, replace(work, checkpointing=False)), default=0) if work.checkpointing else 0
+
+
+def shard_bytes(config: PreTrainedConfig, start: int, stop: int, head: bool, dtype: torch.dtype) -> int:
+    """The frozen weights of blocks `start` to `stop - 1`, and of final norm and output projection with a head.
+
+    The embedding table counts as a tied head's projection only: a shard that embeds reads its rows from the file.
+    """
+    layout, shapes = layout_of(config), _weight_shapes(*_key(config))
+    base = layout.base + "."
+
+    def held(name: str) -> bool:
+        if name.startswith(f"{base}{layout.blocks}."):
+            return start <= block_of(config, name) < stop
+        if not name.startswith(base) or name.startswith(f"{base}{layout.norm}."):
+            return head
+        return not name.startswith(f"{base}{layout.embeddings}.") and (
+            layout.positions is None or not name.startswith(f"{base}{layout.positions}.") or start == 0
+        )
+
+    return sum(math.prod(shape) for name, shape in shapes.items() if held(name)) * dtype.itemsize
+
+
+def adapter_bytes(
+    config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str], start: int, stop: int, dtype: torch.dtype
+) -> int:
+    """An adapter's tensors in blocks `start` to `stop - 1`: fp32 over half-precision weights, else as the weights."""
+    return sum(map(math.prod, _shapes(config, lora, modules, start, stop))) * adapter_dtype(dtype).itemsize
+
+
+def _graphs(config: PreTrainedConfig, work: Work, in_flight: int) -> int:
+    return in_flight * activation_bytes(config, work) + recomputed_bytes(config, work)
+
+
+def _hidden_bytes(recipe: Recipe, config: PreTrainedConfig, rows: int | None, length: int | None) -> int:
+    """The hidden states of one micro-batch."""
+    tokens: int = (rows or recipe.train.batch_size) * (length or recipe.data.max_length)
+    return tokens * int(config.hidden_size) * _dtype_of(recipe).itemsize
+
+
+def _trained(
+    recipe: Recipe, lora: LoraRecipe, config: PreTrainedConfig, modules: Sequence[str], start: int, stop: int
+) -> Price:
+    adapter = adapter_bytes(config, lora, modules, start, stop, _dtype_of(recipe))
+    tensors = len(_shapes(config, lora, modules, start, stop))
+    optimizer = OPTIMIZER_BYTES[recipe.train.optimizer.name](adapter, tensors)
+    return Price(adapter=adapter, gradients=adapter, optimizer=optimizer)
+
+
+def _shapes(
+    config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str], start: int, stop: int
+) -> list[torch.Size]:
+    shapes = _adapter_shapes(*_key(config), lora.model_dump_json(), tuple(modules)) if modules else {}
+    return [shape for name, shape in shapes.items() if start <= block_of(config, in_model(name)) < stop]
+
+
+def _key(config: PreTrainedConfig) -> tuple[str, Callable[..., Any]]:
+    return config.to_json_string(), type(config).from_dict
+
+
+def _dtype_of(recipe: Recipe) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, recipe.model.dtype)
+    return dtype
+
+
+@lru_cache(maxsize=32)
+def _adapter_shapes(
+    config_json: str, from_dict: Callable[..., Any], lora_json: str, modules: tuple[str, ...]
+) -> dict[str, torch.Size]:
+    return adapter_shapes(from_dict(json.loads(config_json)), LoraRecipe.model_validate_json(lora_json), modules)
+
+
+@lru_cache(maxsize=8)
+def _weight_shapes(config_json: str, from_dict: Callable[..., Any]) -> dict[str, torch.Size]:
+    """Every parameter of the whole model, a tied projection as well as the table."""
+    model = meta_model(from_dict(json.loads(config_json)), torch.float32)
+    return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -1,0 +1,192 @@
+"""Batched equals alone, through whole roles: every gradient of a step, whatever shares a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from splitllm.data.corpus import Corpus
+from splitllm.model.trainable import Trainable
+from splitllm.recipe import Recipe
+from splitllm.roles.assembly import Roles
+from splitllm.roles.worker import TENANT, Worker
+from tests.families import LAYERS, corpus, recipe, roles_of
+from tests.test_exactness import check, gradients, one_step, with_moved_b
+from tests.unsplit import Unsplit
+
+SYNCHRONOUS = {"batching": "synchronous"}
+
+
+def wanted(family: str, cuts: list[int], labels: str, clients: int, dtype: str, **changes: Any) -> Any:
+    names = {1: ["client", "cloud"], 2: ["client", "edge", "cloud"]}[len(cuts)]
+    counts = [clients, *([max(1, clients // 2)] if len(cuts) == 2 else []), 1]
+    train = {"batch_size": 2, "accumulate": 2, "clip_norm": None, **changes.pop("train", {})}
+    split = {"tiers": dict(zip(names, counts, strict=True)), **changes.pop("split", {})}
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.2, **changes.pop("lora", {})}
+    return recipe(family, cuts, labels, dtype, split=split, train=train, lora=lora, **changes)
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Micro-batches in each forward of a server."""
+    seen: list[int] = []
+    forward = Worker.forward
+
+    def note(self: Worker, asks: Any) -> Any:
+        if self.shard.embeddings is None:
+            seen.append(len(asks))
+        return forward(self, asks)
+
+    monkeypatch.setattr(Worker, "forward", note)
+    return seen
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+@pytest.mark.parametrize("labels", ["client", "cloud"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "llama"])
+@pytest.mark.parametrize("batched", ["synchronous"])
+@pytest.mark.parametrize("clients", [1, 3, 16])
+def test_a_shared_adapter_learns_from_a_batch_what_it_learns_one_by_one(
+    clients: int,
+    batched: str,
+    family: str,
+    labels: str,
+    dtype: str,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+    batches: list[int],
+) -> None:
+    found = {}
+    for batching in ("none", batched):
+        roles = roles_of(
+            wanted(family, [2, 4], labels, clients, dtype, server={"batching": batching}), corpus(clients, 5)
+        )
+        with_moved_b(roles)
+        found[batching] = gradients(roles, monkeypatch)
+        assert max(batches) == 1 if batching == "none" else max(batches) > clients // 4
+        batches.clear()
+    check(found[batched], found["none"], tolerance)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("labels", ["client", "cloud"])
+def test_a_small_budget_makes_smaller_batches_of_the_same_gradients(
+    labels: str, in_flight: int, monkeypatch: pytest.MonkeyPatch, batches: Any
+) -> None:
+    found = []
+    for tokens in (1, 60, 4096):
+        server = {"batching": "synchronous", "tokens": tokens}
+        train = {"in_flight": in_flight, "accumulate": 3}
+        roles = roles_of(wanted("llama", [3], labels, 5, "float64", server=server, train=train), corpus(5, 7))
+        with_moved_b(roles)
+        found.append(gradients(roles, monkeypatch))
+        assert max(batches) in {1: [1], 60: [2, 3, 4], 4096: [5]}[tokens]
+        batches.clear()
+    check(found[0], found[2], 1e-12)
+    check(found[1], found[2], 1e-12)
+
+
+def test_the_same_recipe_makes_the_same_bits_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for _ in range(2):
+        roles = roles_of(wanted("gpt2", [2, 4], "cloud", 6, "float32", server=SYNCHRONOUS), corpus(6))
+        with_moved_b(roles)
+        found.append(gradients(roles, monkeypatch)[1])
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+
+
+MIXED = {"client_cuts": {"client-1": 3, "client-2": 1}}
+
+
+@pytest.mark.parametrize("batching", ["none", "synchronous"])
+@pytest.mark.parametrize("labels", ["client", "cloud"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "llama"])
+@pytest.mark.parametrize("cuts", [[2], [2, 5]])
+def test_clients_cut_at_different_layers_train_the_unsplit_model(
+    cuts: list[int], family: str, labels: str, batching: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a block that some clients hold and an edge too, all of them have the same adapter."""
+    settings = wanted(family, cuts, labels, 4, "float64", split=MIXED, server={"batching": batching})
+    roles = roles_of(settings, corpus(4, 5))
+    expected = Unsplit(settings, corpus(4, 5), with_moved_b(roles)).gradients(0)
+    check(gradients(roles, monkeypatch), expected, 1e-12)
+
+
+def personal(roles: Roles, monkeypatch: pytest.MonkeyPatch, step: int = 0) -> dict[str, torch.Tensor]:
+    """The gradients that every adapter would step with: those of a client's own by `tenant/CLIENT/NAME`."""
+    owners = {
+        id(trainable): f"{TENANT}{client}/"
+        for workers in roles.workers.values()
+        for worker in workers.values()
+        for client, trainable in worker.own.items()
+    }
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(self: Trainable, gradients: Any, factor: float, _rate: float) -> None:
+        for name in self.parameters:
+            key = owners.get(id(self), "") + name
+            assert key not in seen or torch.equal(seen[key], gradients[name] * factor)
+            seen[key] = gradients[name] * factor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainable, "apply", note)
+        one_step(roles, step)
+    return seen
+
+
+def alike(roles: Roles) -> dict[str, torch.Tensor]:
+    """B starts at zero, which hides A's gradient: move it; all clients start alike."""
+    state = {key: tensor.clone() for key, tensor in roles.state().items()}
+    named = {key: key.rpartition("adapter/")[2] for key in state if "adapter/" in key}
+    for number, name in enumerate(sorted({n for n in named.values() if ".lora_B." in n})):
+        moved = torch.randn(64, 64, generator=torch.Generator().manual_seed(number), dtype=torch.float64) * 0.2
+        for key in (key for key, its in named.items() if its == name):
+            rows, rank = state[key].shape
+            state[key] = moved.repeat(3, 1)[:rows, :rank].to(state[key].dtype)
+    roles.load(state)
+    return {name: state[key] for key, name in named.items()}
+
+
+def alone(settings: Recipe, rows: Corpus, adapter: dict[str, torch.Tensor], clip: float | None) -> dict[str, Any]:
+    """By client: the clipped gradients of the mean loss over its own labels, by transformers and PEFT alone."""
+    found: dict[str, Any] = {}
+    unsplit = Unsplit(settings, rows, adapter)
+    for client in range(len(rows.train)):
+        unsplit.optimizer.zero_grad()
+        unsplit.model.train()
+        batches = [each for each in unsplit.batches(0) if each[0] == client]
+        labels = sum(batch.labels for _, _, batch in batches)
+        for _, index, batch in batches:
+            unsplit._key = (0, client, index)
+            (unsplit.loss(batch) / labels).backward()
+        found[f"{TENANT}{client}/"] = {name: p.grad.clone() for name, p in unsplit.parameters.items()}
+    return found
+
+
+@pytest.mark.parametrize("batching", ["none", "synchronous", "continuous"])
+@pytest.mark.parametrize("labels", ["client", "cloud"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+@pytest.mark.parametrize("adapters", ["per_client", "common"])
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixed cuts", "equal cuts"])
+def test_a_clients_own_adapter_learns_as_if_it_were_alone_and_the_common_part_as_the_mean_of_all(
+    mixed: bool, adapters: str, family: str, labels: str, batching: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (batching, adapters) == ("continuous", "common"):
+        pytest.skip("refused: who goes at its own pace trains nothing together")
+    split = MIXED if mixed else {}
+    lora, server = {"adapters": adapters}, {"batching": batching}
+    train = {"loss_weights": "tenant"}
+    settings = wanted(family, [2, 4], labels, 4, "float64", split=split, server=server, lora=lora, train=train)
+    roles, rows = roles_of(settings, corpus(4, 5)), corpus(4, 5)
+    expected = alone(settings, rows, alike(roles), None)
+    found = personal(roles, monkeypatch)
+    deepest = {"per_client": LAYERS, "common": 3 if mixed else 2}[adapters]
+    for key, gradient in found.items():
+        tenant, _, name = key.rpartition("/")
+        parts = [expected[f"{tenant}/"][name]] if tenant else [each[name] / 4 for each in expected.values()]
+        assert (int(name.split(".")[4]) < deepest) == bool(tenant)
+        wanted_gradient = torch.stack(parts).sum(0)
+        error = float((gradient - wanted_gradient).abs().max() / wanted_gradient.abs().max())
+        assert error <= 1e-12, f"{key} is off by {error:.1e}"
