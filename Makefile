@@ -13,10 +13,10 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-system soak check bench bench-wire clean
+.PHONY: help setup quickstart test test-system soak check bench bench-wire bench-tenants clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*##/\1 :/p' Makefile | awk -F ' : ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*##/\1 :/p' Makefile | awk -F ' : ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## create the virtual environment and install everything, once
 
@@ -52,6 +52,9 @@ bench: setup  ## how fast a split run is
 
 bench-wire: setup  ## what the wire costs
 	$(OFFLINE) $(BIN)/python scripts/bench_wire.py $(ARGS)
+
+bench-tenants: setup  ## what many clients of a server cost
+	$(OFFLINE) $(BIN)/python scripts/bench_tenants.py $(ARGS)
 
 clean:  ## remove the virtual environment, the quickstart's output and caches
 	rm -rf .venv $(OUT) build dist splitllm.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -22,8 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from bases import draw_gpt2_small
 from bench_memory import MIB, RETURNING, resident, settle
 from pages import bullets, known_figures, machine, table, write_page
 from servers import PLACES, Load, Traffic, build
+from torch.profiler import ProfilerActivity, profile
 
 from splitllm.model.loading import quiet_transformers
 from splitllm.roles.worker import Worker
@@ -39,14 +41,20 @@ from splitllm.roles.worker import Worker
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "peft")
 PARTS = ("edge", "top", "mixed", "memory")
-CLIENTS, LENGTHS, ADAPTERS = (1, 2, 4, 8, 16, 32, 64), (16, 32, 64), ("shared", "per_client")
+CLIENTS, LENGTHS = (1, 2, 4, 8, 16, 32, 64), (16, 32, 64)
+ADAPTERS = {"shared": "one shared adapter", "per_client": "an adapter for each client"}
 WORST = 1.05  # for any number of clients
 BARS = {("edge", "shared", 16, "32"): 0.80, ("edge", "per_client", 16, "32"): 0.85}
 SHORTEST = 256  # tokens of a measurement: smaller steps are repeated
 HOLD = 150  # seconds that `--lock` is held at most before others get their turn
 MEMORY_CLIENTS, REPLICAS, STEPS = (1, 4, 16, 64), 16, 3
+DEFAULT = "glibc's own"
+ALLOCATORS = {DEFAULT: {}, "1 MiB": {"MALLOC_MMAP_THRESHOLD_": "1048576"}, "64 KiB": RETURNING}
 ROW_SHAPES = {"1 x 32": (32,), "4 x 128": (128,) * 4}
 FURTHER, SAVED = 1.10, 0.74
+
+Figures = Mapping[str, Mapping[str, float]]
+"""Of memory, by `MemoryCase.key`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,10 @@ class Cell:
     @property
     def key(self) -> str:
         return " ".join(map(str, (self.place, self.adapters, self.clients, self.length, self.note)))
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        return self.place, self.adapters, self.note
 
     @property
     def ratios(self) -> list[float]:
@@ -137,7 +149,9 @@ def timed(worker: Worker, load: Load, options: argparse.Namespace, length: str, 
         traffic.alone()
 
     options.quiet.batches([warm_up, *[pair] * options.pairs])
-    together, alone = (next(found for way, found in ways if way == wanted) for wanted in (traffic.together, traffic.alone))
+    together, alone = (
+        next(found for way, found in ways if way == wanted) for wanted in (traffic.together, traffic.alone)
+    )
     cell = Cell(load.place, load.adapters, len(load.lengths), length, note, together, alone)
     print(f"{cell.key}: {cell.ratio:.3f} ({min(cell.ratios):.3f} to {max(cell.ratios):.3f})", flush=True)
     return cell
@@ -180,14 +194,14 @@ class MemoryCase:
     Attributes:
         clients: each with an adapter of its own.
         rows: of each client; a key of `ROW_SHAPES`.
-        allocator: "default", or "returning": glibc gives every large block back to the system when it is freed.
+        allocator: a key of `ALLOCATORS`: from which size on glibc gives a block back to the system when it is freed.
         replicas: whether each client has a copy of the weights too, and they run one after another.
         checkpointing: whether activations are computed again in the backward.
     """
 
     clients: int
     rows: str
-    allocator: str = "default"
+    allocator: str = DEFAULT
     replicas: bool = False
     checkpointing: bool = False
 
@@ -199,17 +213,21 @@ class MemoryCase:
 def memory_cases() -> list[MemoryCase]:
     found = []
     for rows in ROW_SHAPES:
-        for allocator in ("default", "returning"):
+        for allocator in ALLOCATORS:
             counts = MEMORY_CLIENTS if rows == "1 x 32" else MEMORY_CLIENTS[:-1]
             found += [MemoryCase(clients, rows, allocator) for clients in counts]
-    for allocator in ("default", "returning"):
+    for allocator in ALLOCATORS:
         found.append(MemoryCase(REPLICAS, "1 x 32", allocator, replicas=True))
         found.append(MemoryCase(REPLICAS, "1 x 32", allocator, checkpointing=True))
     return found
 
 
 def measure_memory(case: MemoryCase, base: Path) -> dict[str, float]:
-    """Bytes: growth of the resident set by building the server and taking steps, and what its tensors account for."""
+    """Bytes: growth of the resident set by building the server and taking steps, and what its tensors account for.
+
+    `adapters` are adapters with gradients and optimiser state, `saved` is what forwards keep for backwards, `live` all
+    that is alive at once, at most, in a step beside what was there before it.
+    """
     torch.set_num_threads(1)
     lengths = ROW_SHAPES[case.rows]
     load = Load("edge", "per_client", (lengths,) * case.clients, (2,) * case.clients, checkpointing=case.checkpointing)
@@ -220,7 +238,6 @@ def measure_memory(case: MemoryCase, base: Path) -> dict[str, float]:
     with quiet_transformers():
         workers = [build(base, single) for _ in range(case.clients)] if case.replicas else [build(base, load)]
     traffics = [Traffic(worker, single if case.replicas else load) for worker in workers]
-    sent = sum(2 * sum(map(sum, traffic.load.lengths)) * 768 * 4 for traffic in traffics)
 
     def step() -> None:
         for traffic in traffics:
@@ -232,36 +249,30 @@ def measure_memory(case: MemoryCase, base: Path) -> dict[str, float]:
     after = resident()
     held = [traffic.worker.peak() for traffic in traffics]
     states = sum(each["adapter and optimiser"] for each in held)
-    adapters = sum(p.nbytes for w in workers for own in w.own.values() for p in own.parameters.values())
+    gradients = sum(p.nbytes for w in workers for own in w.own.values() for p in own.parameters.values())
     return {
         "growth": after["peak"] - before["now"],
         "now": after["now"] - before["now"],
         "imports": before["now"],
         "weights": sum(each["weights"] for each in held),
-        "adapters, gradients, optimisers": states + adapters,
-        "saved activations": sum(each["activations of a batch"] for each in held),
-        "live in a step": live_in(step),
-        "messages": sent,
+        "adapters": states + gradients,
+        "saved": sum(each["activations of a batch"] for each in held),
+        "live": live_in(step),
     }
 
 
 def live_in(step: Callable[[], None]) -> int:
     """Bytes of tensors alive at once, at most, in a step, beside those that were there before."""
-    from itertools import accumulate
-
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return max(accumulate(int(event.nbytes()) for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def in_a_process(case: MemoryCase, base: Path) -> dict[str, float]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment.update(RETURNING if case.allocator == "returning" else {})
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **ALLOCATORS[case.allocator]}
     command = [sys.executable, __file__, "--measure", case.key, "--base", str(base)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, timeout=600)
     if done.returncode:
         raise SystemExit(done.stderr)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -269,13 +280,169 @@ def in_a_process(case: MemoryCase, base: Path) -> dict[str, float]:
     return figures
 
 
+# The page.
+
+
+def time_table(place: str, title: str, cells: Sequence[Cell]) -> list[str]:
+    """A row for each number of clients, a column for each length, under each kind of adapter."""
+    lines: list[str] = []
+    for adapters, words in ADAPTERS.items():
+        found = {(cell.clients, cell.length): cell for cell in cells if cell.group == (place, adapters, "")}
+        lengths = sorted({length for _, length in found}, key=int)
+        rows = [
+            [str(clients), *(_words(found.get((clients, length))) for length in lengths)]
+            for clients in sorted({clients for clients, _ in found})
+        ]
+        columns = ["#clients", *(f"#{length} tokens each" for length in lengths)]
+        lines += table(columns, rows, f"{title}, {words}") if rows else []
+    return lines
+
+
+def _words(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    together, alone = (1e3 * statistics.median(found) for found in (cell.together, cell.alone))
+    return f"**{cell.ratio:.2f}** ({min(cell.ratios):.2f} to {max(cell.ratios):.2f}); {together:.2f} / {alone:.2f} ms"
+
+
+def mixed_table(cells: Sequence[Cell]) -> list[str]:
+    rows = [[cell.note, ADAPTERS[cell.adapters], cell.length, _words(cell)] for cell in cells if cell.note]
+    columns = ["16 clients", "adapters", "tokens each", "#batched / one at a time"]
+    return table(columns, rows, "Edge, clients that are not alike, and dropout") if rows else []
+
+
+def further(figures: Figures, case: MemoryCase) -> tuple[float, float] | None:
+    """Bytes of each client after the first: as the process grew, and as counted of one alone."""
+    one, many = figures.get(replace(case, clients=1).key), figures[case.key]
+    if one is None or case.clients == 1 or case.replicas or case.checkpointing:
+        return None
+    return (many["growth"] - one["growth"]) / (case.clients - 1), one["adapters"] + one["saved"]
+
+
+def memory_table(figures: Figures) -> list[str]:
+    rows = []
+    for case in (MemoryCase(**json.loads(key)) for key in figures):
+        if case.replicas or case.checkpointing:
+            continue
+        its = figures[case.key]
+        sizes = [its[key] for key in ("growth", "weights", "adapters", "saved", "live")]
+        found = further(figures, case)
+        more = [f"{size / MIB:.1f}" for size in found or ()] + ([f"**{found[0] / found[1]:.2f}**"] if found else [])
+        cells = [f"{size / MIB:.1f}" for size in sizes]
+        rows.append([case.rows, case.allocator, str(case.clients), *cells, *(more or ["", "", ""])])
+    counted = ["#weights", "#adapters, gradients, optimisers", "#saved for the backward", "#at most alive in a step"]
+    measured = ["#each further client", "#counted of one", "#ratio"]
+    columns = ["tokens a client", "threshold", "#clients", "#growth", *counted, *measured]
+    return table(columns, rows, "Memory of an edge server with per-client adapters, MiB") if rows else []
+
+
+def saved_table(figures: Figures) -> list[str]:
+    rows = []
+    for name, allocator, ours, theirs, imports in replicas(figures):
+        sizes = [f"{size / MIB:.0f}" for size in (ours, theirs, imports)]
+        less = [f"**{1 - ours / theirs:.1%}**", f"{1 - (ours + imports) / (theirs + imports):.1%}"]
+        rows.append([name, allocator, *sizes, *less])
+    columns = ["16 clients of 1 x 32 tokens", "threshold", "#one base", "#a replica each", "#imports", "#less"]
+    return (
+        table([*columns, "#less, with imports"], rows, "One base, or a model replica for each client, MiB")
+        if rows
+        else []
+    )
+
+
+def replicas(figures: Figures) -> Iterator[tuple[str, str, float, float, float]]:
+    """Name, allocator, growth with one base and with replicas, and what the process holds before."""
+    for allocator in ALLOCATORS:
+        theirs = figures.get(MemoryCase(REPLICAS, "1 x 32", allocator, replicas=True).key)
+        for checkpointing in (False, True):
+            ours = figures.get(MemoryCase(REPLICAS, "1 x 32", allocator, checkpointing=checkpointing).key)
+            if theirs and ours:
+                name = "activation checkpointing" if checkpointing else "as it is"
+                yield name, allocator, ours["growth"], theirs["growth"], ours["imports"]
+
+
+def page(found: Mapping[str, Any]) -> list[str]:
+    cells = [Cell(**cell) for cell in found["time"].values()]
+    lines = [*bullets(found["machine"]), *time_table("edge", "Edge", cells), *mixed_table(cells)]
+    lines += time_table("top", "Top with head and loss", cells)
+    return lines + memory_table(found["memory"]) + saved_table(found["memory"])
+
+
+def missed(found: Mapping[str, Any]) -> list[str]:
+    """Bars that are not reached; those of memory are for a process that gives large blocks back."""
+    cells, figures = [Cell(**cell) for cell in found["time"].values()], found["memory"]
+    lines = [f"{cell.key}: {cell.ratio:.3f}, the bar is {cell.bar}" for cell in cells if cell.ratio > cell.bar]
+    for case in (MemoryCase(**json.loads(key)) for key in figures):
+        its = further(figures, case)
+        if its and case.allocator != DEFAULT and its[0] > FURTHER * its[1]:
+            lines.append(f"{case.key}: a further client takes {its[0] / its[1]:.2f} of its count, the bar is {FURTHER}")
+    for name, allocator, ours, theirs, _ in replicas(figures):
+        if allocator != DEFAULT and 1 - ours / theirs < SAVED:
+            lines.append(f"{name}, {allocator}: {1 - ours / theirs:.1%} less, the bar is {SAVED:.0%}")
+    return lines
+
+
+def options_from_command_line() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tokenizer = ROOT.parent / "shared" / "data" / "gpt2-tokenizer"
+    parser.add_argument("--tokenizer", type=Path, default=tokenizer, help="GPT-2's, with config.json")
+    parser.add_argument("--base", type=Path, help="a folder with GPT-2 small; drawn at random if there is none")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS))
+    parser.add_argument("--clients", nargs="+", type=int, default=list(CLIENTS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens of each client")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--lock", type=Path, help="a file that is locked while time is measured")
+    parser.add_argument("--quick", action="store_true", help="1 pair of few cells, no bars")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("out/bench/tenants.md"),
+        help="its marked part is replaced; JSON goes beside it",
+    )
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.pairs, options.clients, options.lengths = 1, [1, 4], [16]
+    options.quiet = Quiet(options.lock)
+    return options
+
+
+def run(options: argparse.Namespace, base: Path) -> dict[str, Any]:
+    """Measure, and write the page after every figure."""
+    found = {
+        "time": {},
+        "memory": {},
+        **known_figures(options.output),
+        "machine": machine(*PACKAGES) | {"torch threads": "1"},
+    }
+    for part in options.parts:
+        if part == "memory":
+            cases = memory_cases()[:2] if options.quick else memory_cases()
+            for case in cases:
+                found["memory"][case.key] = in_a_process(case, base)
+                write_page(options.output, "bench_tenants.py", page(found), found)
+            continue
+        cells = measure_mixed(options, base) if part == "mixed" else measure_table(part, options, base)
+        for cell in cells:
+            found["time"][cell.key] = asdict(cell)
+            write_page(options.output, "bench_tenants.py", page(found), found)
+    return found
+
+
+def main() -> None:
+    options = options_from_command_line()
+    if options.measure:
+        print(json.dumps(measure_memory(MemoryCase(**json.loads(options.measure)), options.base)))
+        return
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="bench-tenants-") as folder, quiet_transformers():
+        found = run(options, options.base or draw_gpt2_small(options.tokenizer, Path(folder)))
+    print("\n".join(page(found)))
+    for line in (lines := [] if options.quick else missed(found)):
+        print(f"missed: {line}", file=sys.stderr)
+    sys.exit(1 if lines else 0)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--measure")
-    parser.add_argument("--base", type=Path)
-    o = parser.parse_args()
-    if o.measure:
-        print(json.dumps(measure_memory(MemoryCase(**json.loads(o.measure)), o.base)))
-    else:
-        for case in memory_cases():
-            in_a_process(case, o.base)
+    main()

@@ -19,7 +19,7 @@ from splitllm.errors import CheckpointError, RecipeError, SplitLLMError
 from splitllm.model.export import load_adapter, tensor_shapes
 from splitllm.model.families import dropouts, layout_of, set_dropouts
 from splitllm.model.loading import Checkpoint, load_config, quiet_transformers
-from splitllm.model.lora import block_of, matched_modules
+from splitllm.model.lora import adapter_shapes, block_of, matched_modules
 from splitllm.model.naming import in_text_model
 from splitllm.model.proof import admit
 from splitllm.recipe import LoraRecipe, Recipe, role_bounds, tier_bounds, what_leaves_the_device
@@ -71,6 +71,14 @@ class Plan:
     def admissions(self) -> dict[str, Admission]:
         """Server right above clients -> whom it takes in; none without `server.memory_mib`."""
         return admissions(self.recipe, self.config, self.modules)
+
+    @cached_property
+    def adapters(self) -> dict[int, dict[str, torch.Size]]:
+        """Rank -> the shapes of an adapter of the whole model, by name, for all ranks of the recipe."""
+        lora = self.recipe.lora
+        ranks = {own.rank for own in lora.clients.values() if own.rank is not None} | {lora.rank}
+        loras = {rank: lora.model_copy(update={"rank": rank}) for rank in ranks}
+        return {rank: adapter_shapes(self.config, each, self.modules) for rank, each in loras.items()}
 
     def tier_lines(self) -> list[str]:
         """What every tier holds, bottom up."""

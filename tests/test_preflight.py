@@ -80,6 +80,18 @@ def test_validate_says_what_will_happen_and_what_leaves_the_device(folder: Path)
         (["split.cuts=[3, 1]"], ["split.cuts: [3, 1] is not allowed; use block numbers from 1 that rise strictly, *"]),
         (["split.cuts=[2, 5]"], ["split.cuts: 5 is not a place to cut gpt2, which has 4 blocks: use 1 to 4"]),
         (["split.cuts=[0, 2]"], ["split.cuts: 0 is not a place to cut gpt2, which has 4 blocks: use 1 to 4"]),
+        (
+            ["split={tiers: {client: 2, cloud: 1}, cuts: [1], client_cuts: {client-1: 9}, labels: cloud}"],
+            ["split.client_cuts.client-1: 9 is not a place to cut gpt2, which has 4 blocks: use 1 to 4"],
+        ),
+        (
+            ["server.batching=synchronous"],
+            [
+                "server.batching: synchronous needs a base model without dropout of its own, and this one has "
+                "attn_pdrop 0.1, embd_pdrop 0.1, resid_pdrop 0.1; set model.dropout: 0 (lora.dropout may stay), or "
+                "batching: none"
+            ],
+        ),
         (["lora.targets=[nope]"], ["lora.targets: ['nope'] matches nothing in gpt2; its blocks have c_attn, c_fc, *"]),
         (["lora.targets=[wte]"], ["lora.targets: transformer.wte is no linear layer inside a block, *"]),
         (

@@ -120,6 +120,13 @@ WRONG = [
     ("split.tiers={a: 1, b: 1, c: 1, d: 1, e: 1, f: 1}", "1 to 5 tiers"),
     ("split.tiers={}", "1 to 5 tiers"),
     ("split.tiers={../x: 4, edge: 2, cloud: 1}", "'../x' is no tier name"),
+    ("split.client_cuts=4", "use a mapping of clients to block numbers, such as {client-1: 4}"),
+    ("split.client_cuts={client-1: 0}", "use a block number of at least 1"),
+    ("split.client_cuts={client-1: 4}", "4 leaves nothing to the tier above, which ends before block 4; use less"),
+    ("split.client_cuts={edge-0: 3}", "'edge-0' is not a client of split.tiers; use some of client-0, client-1"),
+    ("lora.adapters=own", "use shared or per_client or common"),
+    ("lora.clients={client-1: {rank: 4}}", "needs lora.adapters: per_client, not shared, where clients train one"),
+    ("server.batching=continuous", "which needs lora.adapters: per_client, not shared, where they step together"),
     ("lora.tiers=[edge, clod]", "lora.tiers: 'clod' is not a tier of split.tiers; use some of client, edge, cloud"),
     ("lora.tiers=edge", "lora.tiers: 'edge' is not allowed; use a list of tier names"),
     ("lora.tiers=[]", "lora.tiers: [] is not allowed; use a list of tier names, such as [edge, cloud], or null"),
@@ -309,6 +316,37 @@ def test_changed_keys_name_key_and_both_values(file: Path) -> None:
     one_way = load_recipe(file, ["split.tiers={a: 1, b: 1, c: 1}"])
     other_way = load_recipe(file, ["split.tiers={b: 1, a: 1, c: 1}"])
     assert len(changed_keys(one_way, other_way)) == 1
+
+
+TOGETHER = [
+    (["lora.adapters=common", "lora.dora=true"], "lora.adapters: common cannot be had with lora.dora"),
+    (["split={tiers: {client: 2}, labels: client}", "lora.adapters=per_client"], "needs a server that several clients"),
+    (["lora.adapters=per_client", "train.processes=2"], "train.processes: 2 with lora.adapters: per_client is not"),
+    (["lora.adapters=per_client", "wire.absent=drop"], "wire.absent: 'drop' needs lora.adapters: shared"),
+    (["split.client_cuts={client-1: 3}", "wire.absent=drop"], "and no split.client_cuts"),
+    (["split.client_cuts={client-1: 3}", "lora.tiers=[edge]"], "lora.tiers: with split.client_cuts a block may be on"),
+    (["split={tiers: {client: 2}, labels: client}", "split.client_cuts={client-1: 3}"], "with one tier nothing is cut"),
+    (["lora.adapters=per_client", "lora.clients={client-9: {}}"], "'client-9' is not a client of split.tiers"),
+    (
+        ["lora.adapters=per_client", "lora.start_from=a", "lora.clients={client-1: {rank: 4}}"],
+        "lora.clients.client-1.rank: 4 is not that of lora.start_from (8)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), TOGETHER, ids=[" ".join(each) for each, _ in TOGETHER])
+def test_what_tenants_cannot_have_together_is_refused_in_a_line(
+    file: Path, overrides: list[str], expected: str
+) -> None:
+    (problem,) = problems_of(file, *overrides)
+    assert expected in problem
+
+
+def test_what_leaves_the_device_where_clients_have_their_own(file: Path) -> None:
+    recipe = load_recipe(file, ["lora.adapters=per_client", "split.client_cuts={client-1: 3}"])
+    assert "activations at the cut (block 2 or 3)" in what_leaves_the_device(recipe)
+    assert "the norms of its adapter's gradients" in what_leaves_the_device(recipe)
+    assert "an adapter of each client for the whole model comes out" in what_leaves_in_a_deployment(recipe)
 
 
 def test_what_leaves_the_device(file: Path) -> None:

@@ -16,7 +16,7 @@ from splitllm.model.trainable import Tensors
 from splitllm.recipe import dump_recipe, lora_of, role_names, what_leaves_in_a_deployment
 from splitllm.roles.server import StepSums
 from splitllm.running.outcome import RECIPE
-from splitllm.running.places import adapter_folders
+from splitllm.running.places import ADAPTER, adapter_folders
 from splitllm.running.results import export_of, summary_of
 from splitllm.running.state import Totals
 
@@ -33,39 +33,42 @@ class Board:
 
     def __init__(self, station: Station, metrics: Metrics) -> None:
         self.station, self.metrics = station, metrics
+        self._over: set[int] = set()
         names = next(iter(role_names(station.recipe).values()))
         self.records = {client: LaneRecord(self, client, name) for client, name in enumerate(names)}
         replace_text(station.options.directory / RECIPE, dump_recipe(station.recipe))
         for record in self.records.values():
             record.begun(station.recipe.train.steps)
 
+    def over(self, client: int) -> None:
+        """A client has diverged: it will have no adapter."""
+        self._over.add(client)
+        self.done()
+
     def done(self) -> None:
-        """When every client has its adapter: write the summary, unless that was done already."""
+        """When every client has its adapter, or has diverged: write the summary, unless that was done already."""
         directory, recipe = self.station.options.directory, self.station.recipe
-        folders, records = adapter_folders(recipe, directory), self.records.values()
-        if not all(folder.exists() for folder in folders) or (directory / "summary.json").exists():
+        folders = dict(zip(self.records, adapter_folders(recipe, directory), strict=True))
+        here = [client for client, folder in folders.items() if folder.exists()]
+        if not here or not self._over.issuperset(folders.keys() - here) or (directory / "summary.json").exists():
             return
+        records = [self.records[client] for client in here]
         totals = Totals()
         for record in records:
             mine = record.totals
             totals.add(mine.tokens, mine.seconds, mine.bytes_up, mine.bytes_down)
         totals.seconds = max(record.totals.seconds for record in records)
-        totals.loss_before, totals.loss_after = (self._mean(step) for step in (0, recipe.train.steps))
+        totals.loss_before, totals.loss_after = (_mean(records, step) for step in (0, recipe.train.steps))
         words = {role: said for record in records for role, said in record.words.items()}
-        numbers = sum(self._numbers(client) for client in self.records)
+        numbers = sum(self._numbers(client) for client in here)
         self.metrics.write_summary(summary_of(totals, numbers, memory_of(words), what_leaves_in_a_deployment(recipe)))
-        logger.info("done", extra={"fields": {"adapters": str(folders[0].parent), "loss": totals.loss_after}})
+        logger.info("done", extra={"fields": {"adapters": str(directory / ADAPTER), "loss": totals.loss_after}})
 
     def _numbers(self, client: int) -> int:
         """In the adapter of one client."""
         plan = self.station.plan
         shapes = adapter_shapes(plan.config, lora_of(plan.recipe, client), plan.modules)
         return sum(shape.numel() for shape in shapes.values())
-
-    def _mean(self, step: int) -> float | None:
-        found = [record.evaluations[step] for record in self.records.values() if step in record.evaluations]
-        labels = sum(count for _, count in found)
-        return sum(loss * count for loss, count in found) / labels if labels else None
 
 
 @dataclass
@@ -143,3 +146,9 @@ class LaneRecord:
         self.words = dict(words)
         export_of(self.board.station.plan, self.board.station.options.directory, adapter, self.client)
         self.board.done()
+
+
+def _mean(records: Sequence[LaneRecord], step: int) -> float | None:
+    found = [record.evaluations[step] for record in records if step in record.evaluations]
+    labels = sum(count for _, count in found)
+    return sum(loss * count for loss, count in found) / labels if labels else None

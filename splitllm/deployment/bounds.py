@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from splitllm.model.lora import adapter_shapes, block_of, in_model
+from splitllm.model.lora import block_of, in_model
+from splitllm.model.memory import activation_bytes, recomputed_bytes, work_of
 from splitllm.preflight import Plan
 from splitllm.recipe import (
     Recipe,
@@ -83,7 +84,8 @@ def held_by(plan: Plan, name: str) -> Held:
     together = {t: shapes[t] for t, block in blocks.items() if start <= block < stop and block not in own}
     first = dict.fromkeys(clients_below(recipe, name), start)
     if tier_of(recipe, name)[0] > 0:
-        first = {client: max(start, client_cuts(recipe)[client]) for client in first}
+        cuts = client_cuts(recipe)
+        first = {client: max(start, cuts[client]) for client in first}
     mine = {client: _within(_shapes(plan, client), blocks, own, lowest, stop) for client, lowest in first.items()}
     return Held(together, frozenset(t for t in together if counts[blocks[t]] > 1), mine if own else {})
 
@@ -91,7 +93,7 @@ def held_by(plan: Plan, name: str) -> Held:
 def _shapes(plan: Plan, client: int | None = None) -> dict[str, torch.Size]:
     """Of the whole adapter that all train together, or of a client's own."""
     lora = plan.recipe.lora if client is None else lora_of(plan.recipe, client)
-    return adapter_shapes(plan.config, lora, plan.modules)
+    return plan.adapters[lora.rank]
 
 
 def _within(
@@ -126,25 +128,11 @@ def in_flight(plan: Plan, name: str) -> int:
     """
     recipe = plan.recipe
     start, stop = plan.role_bounds[name]
-    held = 2 * micro_batch_bytes(plan) + graph_bytes(plan, stop - start)
+    work = work_of(recipe, plan.modules, start, stop, own=own_blocks(recipe, plan.config.num_hidden_layers))
+    graph = activation_bytes(plan.config, work) + recomputed_bytes(plan.config, work)
+    held = 2 * micro_batch_bytes(plan) + graph
     affordable = recipe.wire.memory_mib * MIB // (held * len(clients_below(recipe, name)))
     return max(1, min(recipe.train.in_flight, affordable))
-
-
-def graph_bytes(plan: Plan, blocks: int) -> int:
-    """What the graph of one micro-batch through so many blocks keeps for its backward, about.
-
-    A rule of thumb, right within a factor of 2 over the families: of each block and token 8 numbers a channel, 4 a unit
-    of the MLP, and the attention scores of all heads, which some implementations keep; where activations are
-    checkpointed, that of one block, and one number a channel of the others.
-    """
-    recipe, config = plan.recipe, plan.config
-    width, length = config.hidden_size, recipe.data.max_length
-    units = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
-    token: int = 8 * width + 4 * units + config.num_attention_heads * length
-    if recipe.train.activation_checkpointing:
-        token, blocks = token + blocks * width, min(1, blocks)
-    return _itemsize(recipe) * blocks * recipe.train.batch_size * length * token
 
 
 def _itemsize(recipe: Recipe) -> int:

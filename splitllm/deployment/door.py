@@ -23,7 +23,7 @@ from splitllm.roles.gate import Gate
 from splitllm.roles.generation import Summit
 from splitllm.roles.lanes import Lanes
 from splitllm.roles.runner import Batching
-from splitllm.roles.server import Server
+from splitllm.roles.server import Commit, Server
 from splitllm.roles.worker import Worker
 from splitllm.wire.uplink import RemoteLink
 
@@ -65,7 +65,8 @@ def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, u
             lane.put_back(journal.newest_values()["beside"])
     if board is not None:
         board.done()
-    return Lanes(gates, batching)
+    over = board.over if board is not None else lambda client: None
+    return Lanes(gates, batching, station.recipe.server.park_after, over)
 
 
 def room_of(recipe: Recipe, under_way: int, clients: int) -> int:
@@ -100,7 +101,7 @@ def _gate(
         schedule=station.schedule,
         batching=batching,
         device=station.device,
-        commit=past.commit if record is not None else _said(past, client),
+        commit=past.committing if record is not None else _said(past, client),
     )
     return Gate(
         server,
@@ -113,13 +114,18 @@ def _gate(
     )
 
 
-def _said(past: Past, client: int) -> Callable[[int, int], None]:
+def _said(past: Past, client: int) -> Commit:
     """What a server below the top does at each commit: it is the top that tells more of it."""
 
-    def commit(step: int, generation: int) -> None:
-        past.commit(step, generation)
-        lane = {} if client == EVERYBODY else {"client": client}
-        logger.info("step", extra={"fields": {"step": step, **lane}})
+    def commit(step: int, generation: int) -> Callable[[], None]:
+        write = past.committing(step, generation)
+
+        def say() -> None:
+            write()
+            lane = {} if client == EVERYBODY else {"client": client}
+            logger.info("step", extra={"fields": {"step": step, **lane}})
+
+        return say
 
     return commit
 

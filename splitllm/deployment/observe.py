@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from splitllm.recipe import host_and_port
 from splitllm.roles.account import Account
+from splitllm.roles.occupancy import Occupancy
 from splitllm.wire.message import Message
 from splitllm.wire.sessions import Reception, Sessions
 
@@ -27,10 +28,12 @@ class Metered(Reception):
 
     Attributes:
         account: of its tenants.
+        occupancy: of its device.
         tenants: number of a client -> its name.
     """
 
     account: Account
+    occupancy: Occupancy
     tenants: Mapping[int, str]
 
 
@@ -61,6 +64,7 @@ class Observer:
         """The same reception; what it answers is counted, and the account that it may keep can be asked for."""
         if isinstance(reception, Metered):
             self.registry.register(_Tenants(reception.account, reception.tenants))
+            self.registry.register(_Device(reception.occupancy))
 
         async def answer(message: Message) -> Message:
             self._came(message)
@@ -150,13 +154,18 @@ class _Tenants(Collector):
         account = self._account
         tokens = CounterMetricFamily("splitllm_tenant_tokens", "Real tokens of a client", labels=["tenant"])
         seconds = CounterMetricFamily("splitllm_tenant_device_seconds", "Of the device", labels=["tenant"])
+        waits = CounterMetricFamily("splitllm_tenant_wait_seconds", "Waited for the device", labels=["tenant"])
+        longest = GaugeMetricFamily("splitllm_tenant_longest_wait_seconds", "The longest", labels=["tenant"])
         moved = CounterMetricFamily("splitllm_tenant_bytes", "Of its tensors, as coded", labels=["tenant", "direction"])
         for client, name in self._names.items():
             tokens.add_metric([name], account.tokens.get(client, 0))
             seconds.add_metric([name], account.seconds.get(client, 0.0))
+            waited, most = account.waits.get(client, (0.0, 0.0))
+            waits.add_metric([name], waited)
+            longest.add_metric([name], most)
             moved.add_metric([name, "up"], account.up.get(client, 0))
             moved.add_metric([name, "down"], account.down.get(client, 0))
-        yield from (tokens, seconds, moved)
+        yield from (tokens, seconds, waits, longest, moved)
         yield from self._batches()
 
     def _batches(self) -> Iterator[Metric]:
@@ -165,7 +174,22 @@ class _Tenants(Collector):
         positions.add_metric(["padding"], account.padding)
         positions.add_metric(["token"], account.positions - account.padding)
         yield positions
+        yield GaugeMetricFamily("splitllm_batch_longest_seconds", "Of one batch", value=account.longest)
         yield CounterMetricFamily("splitllm_batches", "Batches that the device ran", value=account.batches)
         yield CounterMetricFamily("splitllm_batch_micro_batches", "In all batches", value=account.micro_batches)
         yield GaugeMetricFamily("splitllm_batch_size", "Micro-batches of the last batch", value=size)
         yield GaugeMetricFamily("splitllm_batch_padding_ratio", "Padding in the last batch's positions", value=padding)
+
+
+class _Device(Collector):
+    """How the time of a server's device is spent since its process began to compute."""
+
+    def __init__(self, occupancy: Occupancy) -> None:
+        self._occupancy = occupancy
+
+    def collect(self) -> Iterator[Metric]:
+        """Called from the thread that answers Prometheus."""
+        spent = CounterMetricFamily("splitllm_device_seconds", "By what it did", labels=["device", "work"])
+        for (busy, waiting), seconds in self._occupancy.seconds().items():
+            spent.add_metric(["busy" if busy else "idle", "waiting" if waiting else "none"], seconds)
+        yield spent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from splitllm.deployment.journal import Journal
 from splitllm.deployment.station import Station
+from splitllm.errors import RejoinError
 from splitllm.recipe import sharing, start_digest
 from splitllm.roles.assembly import adapter_in
 from splitllm.roles.recovery import Standing
@@ -42,17 +44,36 @@ class Past:
     ) -> None:
         self.journal, self.worker, self._shares = journal, worker, sharing(station.recipe, station.name)
         self._values, self._put_back = values, put_back
+        self._lock, self._returns = threading.Lock(), 0
         if not self.journal.steps():
             self._keep(0, start_digest(station.recipe))
 
     def standing(self) -> Standing:
-        """The states that are kept."""
-        states = ((step, str(values["origin"])) for step, values in self.journal.values().items())
-        return Standing(self._shares, tuple(states))
+        """The states that are kept. From now on no commit changes that which was begun before."""
+        with self._lock:
+            self._returns += 1
+            states = ((step, str(values["origin"])) for step, values in self.journal.values().items())
+            return Standing(self._shares, tuple(states))
 
     def commit(self, step: int, generation: int) -> None:
         """Keep the state as it is after `step` steps, of which the last was this generation's."""
         self._keep(step, str(generation))
+
+    def committing(self, step: int, generation: int) -> Callable[[], None]:
+        """The same in two parts: the state is taken now, and what is returned writes it, on any thread.
+
+        It raises RejoinError and writes nothing if the role was asked meanwhile what it can go back to.
+        """
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in self.state().items()}
+        about, returns = {"origin": str(generation), "beside": dict(self._values())}, self._returns
+
+        def write() -> None:
+            with self._lock:
+                if self._returns != returns:
+                    raise RejoinError(f"step {step} was not committed: the run has gone back")
+                self.journal.write(step, state, about)
+
+        return write
 
     def restore(self, step: int) -> None:
         """Be as after `step` steps; what came later is forgotten."""

@@ -70,7 +70,8 @@ class Record:
         Raises:
             DivergedError: its loss is not finite.
         """
-        if any(told[0] is None for told in sums.losses.values()):
+        together = self._station.recipe.lora.adapters != "per_client"
+        if together and any(told[0] is None for told in sums.losses.values()):
             raise DivergedError(f"step {step + 1}: the loss is not finite; lower the learning rate")
         loss, labels, tokens = _added(sums.losses)
         seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
@@ -127,6 +128,6 @@ def _held(said: Mapping[str, float]) -> dict[str, float]:
 
 
 def _added(losses: Mapping[int, Any]) -> tuple[float, float, float]:
-    """Loss, labels and tokens over all clients, in the order of their numbers."""
-    sums = [losses[client] for client in sorted(losses)]
+    """Loss, labels and tokens over all clients whose loss is finite, in the order of their numbers."""
+    sums = [losses[client] for client in sorted(losses) if losses[client][0] is not None]
     return sum(s[0] for s in sums), sum(s[1] for s in sums), sum(s[2] for s in sums)

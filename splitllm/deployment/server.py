@@ -147,6 +147,7 @@ def _reception(station: Station, door: Door, trouble: asyncio.Future[None], told
         left=door.left,
         fatal=fatal,
         account=account,
+        occupancy=station.device.occupancy,
         tenants={client: clients[client] for client in clients_below(recipe, station.name)},
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from splitllm.deployment.reach import WayUp
 from splitllm.deployment.secure import check_secure
 from splitllm.errors import RecipeError
 from splitllm.model.loading import Checkpoint
+from splitllm.model.shard import BUILDING
 from splitllm.preflight import Plan, prepare
 from splitllm.recipe import Recipe, fingerprint, parent_of, tier_of
 from splitllm.roles.assembly import Assembly, Site, coding_of, schedule_of
@@ -27,8 +27,6 @@ from splitllm.running.world import World, open_world, share_cores
 from splitllm.wire.certificates import Credentials, load_credentials
 from splitllm.wire.remote import Dialer, patience
 from splitllm.wire.uplink import RemoteLink
-
-_LOADING = threading.Lock()  # transformers patches torch while it builds a model
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ class Station:
         """The same where it computes, so that this process still hears the user and its peers."""
 
         def load() -> Worker:
-            with _LOADING:
+            with BUILDING:
                 return self.worker(None if told is None else told.shard)
 
         return await self.device.run(load)

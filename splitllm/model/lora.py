@@ -20,7 +20,7 @@ from splitllm.model.dropout import AdapterDropout
 from splitllm.model.families import layout_of
 from splitllm.model.naming import PREFIX
 from splitllm.model.randomness import seed_of
-from splitllm.model.shard import Shard, meta_model
+from splitllm.model.shard import BUILDING, Shard, meta_model
 from splitllm.recipe import LoraRecipe
 
 ADAPTER = "default"
@@ -149,8 +149,9 @@ def adapter_parameters(shard: Shard) -> dict[str, nn.Parameter]:
 
 def adapter_shapes(config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str]) -> dict[str, torch.Size]:
     """The shapes of the whole model's adapter tensors, by their names in an adapter file; nothing is allocated."""
-    model = meta_model(config, torch.float32)
-    inject_adapter_in_model(lora_config(config, lora, modules), model, ADAPTER, low_cpu_mem_usage=True)
+    with BUILDING:
+        model = meta_model(config, torch.float32)
+        inject_adapter_in_model(lora_config(config, lora, modules), model, ADAPTER, low_cpu_mem_usage=True)
     return {name: parameter.shape for name, parameter in _adapter_of(model).items()}
 
 

@@ -10,6 +10,7 @@ Shape suffixes: B rows, S padded length, T real tokens of the batch, D hidden wi
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -288,9 +289,13 @@ class Shard(nn.Module):
             key_dropout(getattr(base, self.layout.blocks)[layer], layer, self.key)
 
 
+BUILDING = threading.RLock()
+"""Held while a model is built or gets its adapter: transformers and PEFT patch torch meanwhile, for all threads."""
+
+
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
     """The whole model without its weights; buffers that no checkpoint holds (rotary frequencies) are real."""
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with BUILDING, init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=dtype, attn_implementation=attention
         )

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from splitllm.model.dropout import dropped
@@ -72,16 +74,95 @@ def low_rank(x_BSD: torch.Tensor, members: Sequence[Rows], adapters: Sequence[Lo
     distinct = list({id(adapter): adapter for adapter in adapters}.values())
     if len(distinct) == 1:
         (only,) = distinct
-        return F.linear(F.linear(x_BSD, only.a_RD), only.b_OR) * only.scale
-    rank = max(adapter.a_RD.shape[0] for adapter in distinct)
-    a_KRD = torch.stack([F.pad(each.a_RD, (0, 0, 0, rank - each.a_RD.shape[0])) for each in distinct])
-    b_KOR = torch.stack([F.pad(each.b_OR * each.scale, (0, rank - each.b_OR.shape[1])) for each in distinct])
+        return F.linear(F.linear(x_BSD, only.a_RD) * only.scale, only.b_OR)
     places = {id(adapter): place for place, adapter in enumerate(distinct)}
     of_rows = [places[id(a)] for a, member in zip(adapters, members, strict=True) for _ in member.lengths]
-    if of_rows != list(range(len(distinct))):
-        index_B = torch.tensor(of_rows, device=x_BSD.device)
-        a_KRD, b_KOR = a_KRD.index_select(0, index_B), b_KOR.index_select(0, index_B)
-    return torch.bmm(torch.bmm(x_BSD, a_KRD.transpose(1, 2)), b_KOR.transpose(1, 2))
+    parameters = [*(each.a_RD for each in distinct), *(each.b_OR for each in distinct)]
+    groups = _Groups(tuple(each.scale for each in distinct), tuple(of_rows))
+    out_BSO: torch.Tensor = _Stacked.apply(x_BSD, groups, *parameters)  # type: ignore[no-untyped-call]
+    return out_BSO
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Which rows are multiplied as one product: all of a tenant where all have equally many in a line, else each.
+
+    Attributes:
+        scales: of each tenant.
+        of_rows: the tenant of each row.
+    """
+
+    scales: tuple[float, ...]
+    of_rows: tuple[int, ...]
+
+    def index(self, device: torch.device) -> torch.Tensor | None:
+        """The tenant of each product; None where each tenant has one."""
+        tenants, rows = len(self.scales), len(self.of_rows)
+        if rows % tenants == 0 and self.of_rows == tuple(row * tenants // rows for row in range(rows)):
+            return None
+        return torch.tensor(self.of_rows, device=device)
+
+    def stacks(self, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A [G, R, D], B [G, O, R] and scale [G, 1, 1] of every product, from all A and then all B."""
+        a_K, b_K = parameters[: len(self.scales)], parameters[len(self.scales) :]
+        rank = max(a_RD.shape[0] for a_RD in a_K)
+        a_KRD = torch.stack([_padded(a_RD, (0, 0, 0, rank - a_RD.shape[0])) for a_RD in a_K])
+        b_KOR = torch.stack([_padded(b_OR, (0, rank - b_OR.shape[1])) for b_OR in b_K])
+        scale_K11 = torch.tensor(self.scales, dtype=a_KRD.dtype, device=a_KRD.device).reshape(-1, 1, 1)
+        index_G = self.index(a_KRD.device)
+        return (a_KRD, b_KOR, scale_K11) if index_G is None else (a_KRD[index_G], b_KOR[index_G], scale_K11[index_G])
+
+    def by_tenant(self, gradient_GXX: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The sums over the products of each tenant."""
+        index_G = self.index(gradient_GXX.device)
+        if index_G is not None:
+            zeros_KXX = gradient_GXX.new_zeros(len(self.scales), *gradient_GXX.shape[1:])
+            gradient_GXX = zeros_KXX.index_add_(0, index_G, gradient_GXX)
+        return gradient_GXX.unbind()
+
+
+class _Stacked(torch.autograd.Function):
+    """The products of several tenants. The stacks of their adapters are made again in the backward, not kept for it.
+
+    Shape suffixes: G products, P positions of one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BSD: torch.Tensor, groups: _Groups, *parameters: nn.Parameter) -> torch.Tensor:
+        a_GRD, b_GOR, scale_G11 = groups.stacks(parameters)
+        x_GPD = x_BSD.reshape(a_GRD.shape[0], -1, x_BSD.shape[2])
+        inner_GPR = torch.bmm(x_GPD, a_GRD.transpose(1, 2))
+        inner_GPR = inner_GPR * scale_G11.to(inner_GPR.dtype)
+        ctx.save_for_backward(x_BSD, inner_GPR, *parameters)
+        ctx.groups = groups
+        return torch.bmm(inner_GPR, b_GOR.transpose(1, 2)).reshape(*x_BSD.shape[:2], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_BSD, inner_GPR, *parameters = ctx.saved_tensors
+        products, positions, _ = inner_GPR.shape
+        a_GRD, b_GOR, scale_G11 = (stack.to(inner_GPR.dtype) for stack in ctx.groups.stacks(parameters))
+        x_GPD = x_BSD.reshape(products, positions, -1).to(inner_GPR.dtype)
+        upper_GPO = gradients[0].reshape(products, positions, -1)
+        middle_GPR = torch.bmm(upper_GPO, b_GOR) * scale_G11
+        lower_BSD = (
+            torch.bmm(middle_GPR, a_GRD).reshape(x_BSD.shape).to(x_BSD.dtype) if ctx.needs_input_grad[0] else None
+        )
+        of_a = ctx.groups.by_tenant(torch.bmm(middle_GPR.transpose(1, 2), x_GPD))
+        of_b = ctx.groups.by_tenant(torch.bmm(upper_GPO.transpose(1, 2), inner_GPR))
+        pairs = zip(parameters, (*of_a, *of_b), strict=True)
+        return lower_BSD, None, *(_as_large_as(parameter, gradient) for parameter, gradient in pairs)
+
+
+def _padded(matrix: torch.Tensor, missing: Sequence[int]) -> torch.Tensor:
+    return F.pad(matrix, missing) if any(missing) else matrix
+
+
+def _as_large_as(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Without the rank that it was padded to."""
+    rows, columns = parameter.shape
+    return gradient[:rows, :columns].to(parameter.dtype)
 
 
 class Tenants:

@@ -96,6 +96,20 @@ class Trainable:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is open."""
+        return self._sum is not None
+
+    def move(self, device: torch.device) -> None:
+        """Take parameters and optimiser to another device; between steps only."""
+        assert not self.in_step
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.to(device)
+            slots = self._optimizer.state.get(parameter, {}) if self._optimizer is not None else {}
+            for key, value in slots.items():
+                slots[key] = value if key == "step" else value.to(device)
+
     def state(self) -> Tensors:
         """All that a resumed run needs: `adapter/NAME` and the optimiser's `KEY/NAME`, detached."""
         tensors = {f"adapter/{name}": parameter.detach() for name, parameter in self.parameters.items()}

@@ -76,10 +76,10 @@ def own_blocks(recipe: Recipe, layers: int) -> range:
 
 def holders(recipe: Recipe, layers: int) -> list[int]:
     """For each block, how many roles hold an adapter of it that they train together."""
-    counts = [0] * layers
+    counts, own = [0] * layers, own_blocks(recipe, layers)
     for start, stop in role_bounds(recipe, layers).values():
         for block in range(start, stop):
-            counts[block] += block not in own_blocks(recipe, layers)
+            counts[block] += block not in own
     if recipe.train.processes > 1:
         start, _ = tier_bounds(recipe, layers)[-1]
         if len(recipe.split.tiers) > 1:

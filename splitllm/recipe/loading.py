@@ -80,9 +80,11 @@ def what_leaves_the_device(recipe: Recipe) -> str:
         if count > 1 and trains:
             return f"only adapter gradients leave each {name}: the whole model is trained in place on {count} of them"
         return "nothing leaves the device: the whole model is trained in place"
-    leaving = [f"activations at the cut (block {recipe.split.cuts[0]})"]
+    cuts = sorted({recipe.split.cuts[0], *recipe.split.client_cuts.values()})
+    leaving = [f"activations at the cut (block {' or '.join(map(str, cuts))})"]
     if trains:
-        leaving.append("gradients of its adapter" if count > 1 else "the norms of its adapter's gradients")
+        together = count > 1 and recipe.lora.adapters == "shared"
+        leaving.append("gradients of its adapter" if together else "the norms of its adapter's gradients")
     if recipe.split.labels == "cloud":
         leaving.append("the lengths and labelled positions of rows")
         return f"{_listed(leaving)} leave the {name}, and so do the target token ids, which are text"
@@ -99,9 +101,8 @@ def what_leaves_in_a_deployment(recipe: Recipe) -> str:
         return line
     line = f"{line}; the loss and the number of labels of each step and evaluation go up as well"
     if recipe.lora.tiers is None or name in recipe.lora.tiers:
-        line += (
-            f", and at the end so does the adapter of the {name}: one adapter for the whole model comes out at the top"
-        )
+        out = "one adapter" if recipe.lora.adapters == "shared" else f"an adapter of each {name}"
+        line += f", and at the end so does the adapter of the {name}: {out} for the whole model comes out at the top"
     return line
 
 

@@ -184,6 +184,7 @@ class ServerRecipe(Section):
     wait: NotNegative = 0.0
     starve: Positive = 10.0
     gradient_wait: NotNegative = 0.5
+    park_after: Positive | None = None
     memory_mib: Count | None = None
     quota: QuotaRecipe = Field(default_factory=QuotaRecipe)
     tenants: dict[str, TenantRecipe] = Field(default_factory=dict)
@@ -228,6 +229,13 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yields what is wrong between keys that are right by themselves: the keys involved and the complaint."""
     yield from _split_misfits(recipe.split, recipe.lora)
     yield from _data_misfits(recipe.data)
+    if recipe.train.processes > 1 and recipe.lora.adapters != "shared":
+        advice = "use processes: 1, or adapters: shared"
+        yield (
+            ("train.processes", "lora.adapters"),
+            f"train.processes: {recipe.train.processes} with lora.adapters: {recipe.lora.adapters} is not possible, "
+            f"as no process would have all adapters; {advice}",
+        )
     if recipe.server.batching == "continuous" and recipe.lora.adapters != "per_client":
         why = "lets clients go at their own pace, which needs lora.adapters: per_client"
         advice = f"not {recipe.lora.adapters}, where they step together; use synchronous"

@@ -31,10 +31,12 @@ class Account:
         tokens: client -> real tokens that it sent, those of evaluations included; one counts once, with its forward.
         up, down: client -> bytes of tensors, as coded, without frames.
         seconds: client -> of the device.
+        waits: client -> seconds that its micro-batches waited for the device: those of all, and the longest.
         batches: that ran; a gradient's is one, too.
         micro_batches: in all batches.
         positions, padding: of all batches; and how many of them held no token.
         last: micro-batches, and share of padding, of the last batch.
+        longest: seconds of the batch that took longest.
     """
 
     def __init__(self) -> None:
@@ -42,8 +44,9 @@ class Account:
         self.up: dict[int, int] = {}
         self.down: dict[int, int] = {}
         self.seconds: dict[int, float] = {}
+        self.waits: dict[int, tuple[float, float]] = {}
         self.batches = self.micro_batches = self.positions = self.padding = 0
-        self.last = (0, 0.0)
+        self.last, self.longest = (0, 0.0), 0.0
 
     def asked(self, client: int, tokens: int, nbytes: int) -> None:
         """A request came, of so many real tokens (0 unless it is a forward) and bytes."""
@@ -53,6 +56,11 @@ class Account:
     def answered(self, client: int, nbytes: int) -> None:
         """An answer of so many bytes goes down."""
         self.down[client] = self.down.get(client, 0) + nbytes
+
+    def waited(self, client: int, seconds: float) -> None:
+        """The device begins with a micro-batch that came so long ago."""
+        total, longest = self.waits.get(client, (0.0, 0.0))
+        self.waits[client] = total + seconds, max(longest, seconds)
 
     def ran(self, parts: Sequence[Part], seconds: float) -> None:
         """The device was busy with a batch for so long. Called on the thread that computes, one batch after another."""
@@ -68,4 +76,4 @@ class Account:
         self.micro_batches += len(parts)
         self.positions += positions
         self.padding += padding
-        self.last = len(parts), padding / positions
+        self.last, self.longest = (len(parts), padding / positions), max(self.longest, seconds)

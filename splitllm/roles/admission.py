@@ -101,7 +101,8 @@ def lines_of(recipe: Recipe, found: Mapping[str, Admission]) -> list[str]:
     for server, admission in found.items():
         counts = Counter(admission.batch_sizes.values())
         sizes = [f"{clients} with batches of {rows}" for rows, clients in sorted(counts.items())]
-        sizes += [f"but not {_names(recipe)[client]}" for client in admission.refused]
+        if admission.refused:
+            sizes.append(f"but not {len(admission.refused)}, {_names(recipe)[min(admission.refused)]} the first")
         held = f"{admission.own / MIB:.1f} of {admission.budget // MIB} MiB are its own"
         lines.append(f"memory of {server}: {held}; of its clients it takes in {', '.join(sizes)}")
     return lines

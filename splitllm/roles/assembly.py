@@ -31,6 +31,7 @@ from splitllm.recipe import (
     lora_of,
     own_blocks,
     parent_of,
+    role_names,
     tier_of,
 )
 from splitllm.roles.admission import batch_sizes
@@ -316,8 +317,14 @@ def batching_of(recipe: Recipe, worker: Worker, device: Device) -> Batching:
     server, runner = recipe.server, Runner(worker, device)
     budget = Budget(server.tokens, UNLIMITED, server.wait, server.starve, overhead=BATCH_OVERHEAD)
     if server.batching == "continuous":
-        return Continuous(runner, budget, server.gradient_wait)
+        return Continuous(runner, budget, server.gradient_wait, weights_of(recipe))
     return Synchronous(runner, budget) if server.batching == "synchronous" else Alone(runner)
+
+
+def weights_of(recipe: Recipe) -> dict[str, float]:
+    """Of the tenants that have one, by client number as text."""
+    numbers = {name: number for number, name in enumerate(next(iter(role_names(recipe).values())))}
+    return {str(numbers[name]): tenant.weight for name, tenant in recipe.server.tenants.items()}
 
 
 def entries_of(recipe: Recipe, name: str) -> dict[int, int]:

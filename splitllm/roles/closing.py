@@ -123,7 +123,7 @@ def settle(step: int, closing: Closing, totals: Tensors, clip: float | None, sca
         client: scales[client] * clip_factor(each, clip) if math.isfinite(each) else None
         for client, each in own.items()
     }
-    total = math.sqrt(math.fsum([norm**2, *(each**2 for each in own.values() if math.isfinite(each))]))
+    total = math.hypot(norm, *filter(math.isfinite, own.values()))
     return Settled(total, clip_factor(norm, clip), factors, totals)
 
 

@@ -1,14 +1,17 @@
 """Who runs together on a server's device: whoever is ready when it is free.
 
 Gradients go first: a batch that went forward together goes backward once all its gradients are there. Those that have
-come do not wait for the others for longer than `patience`; then the graph is kept, and gone through again for the rest.
+come do not wait for the others for longer than `patience`; then the batch goes backward for those, and its graph is let
+go. Whoever is late goes forward once more, alone or with others that are late, and then backward: a client that answers
+slowly, or never, costs itself a forward pass, and holds nobody's memory. Its adapter has not changed since, as its step
+is still open; and adapters that others have stepped are in no graph any more.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +22,14 @@ import torch
 
 from splitllm.model.joined import Joined
 from splitllm.model.randomness import MicroBatchId
-from splitllm.policy.batching import Budget, Request, Wait, compose
+from splitllm.policy.batching import Budget, Request, Wait, cohort, compose
 from splitllm.roles import questions
 from splitllm.roles.batcher import request_of
 from splitllm.roles.questions import LossAsk, Upward
 from splitllm.roles.runner import Job, Runner, Waiting, rows_of
-from splitllm.roles.worker import Ask, Pass
+from splitllm.roles.worker import Ask, Pass, Worker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,16 +49,42 @@ class Graph:
     Attributes:
         joined: its micro-batches.
         missing: those whose gradients have not come.
-        here: gradients that have come and were not gone through yet.
         bytes: that it holds.
+        here: gradients that have come.
         due: whether it stands in line for the device.
     """
 
     joined: Joined
-    missing: set[MicroBatchId]
+    missing: dict[MicroBatchId, Late]
+    bytes: int
     here: dict[MicroBatchId, Waiting[Upward]] = field(default_factory=dict)
-    bytes: int = 0
     due: bool = False
+
+
+@dataclass(frozen=True)
+class Late:
+    """A micro-batch whose batch may have gone backward without it.
+
+    Attributes:
+        ask: what went forward.
+        run: what came of it.
+    """
+
+    ask: Ask
+    run: Pass
+
+
+@dataclass(frozen=True)
+class Again:
+    """It, with its gradient.
+
+    Attributes:
+        ask: what goes forward again.
+        gradient_TD: of its output.
+    """
+
+    ask: Ask
+    gradient_TD: torch.Tensor
 
 
 class Continuous:
@@ -83,6 +114,9 @@ class Continuous:
         self._ready: dict[int, Ready] = {}
         self._graphs: dict[int, Graph] = {}
         self._due: deque[Graph] = deque()
+        self._late: dict[int, Late] = {}
+        self._again: dict[int, Waiting[Again]] = {}
+        self._known_late: set[int] = set()
         self._held = 0
         self._changed = asyncio.Event()
         self._working: asyncio.Task[None] | None = None
@@ -102,8 +136,11 @@ class Continuous:
 
     async def backward(self, upward: Upward) -> torch.Tensor | None:
         """Go backward; the gradient of its input."""
-        graph, waiting = self._graphs[id(upward.run.joined)], Waiting(rows_of(upward.run), upward)
-        graph.missing.discard(waiting.micro_batch)
+        graph = self._graphs.get(id(upward.run.joined))
+        if graph is None:
+            return await self._go_again(self._late.pop(id(upward.run)), upward)
+        waiting = Waiting(rows_of(upward.run), upward)
+        del graph.missing[waiting.micro_batch]
         graph.here[waiting.micro_batch] = waiting
         self._look(graph)
         if graph.missing and not graph.due:
@@ -113,9 +150,10 @@ class Continuous:
 
     def abandon(self, run: Pass) -> None:
         """No gradient will come for this one: the others of its batch do not wait for it."""
+        self._late.pop(id(run), None)
         graph = self._graphs.get(id(run.joined))
         if graph is not None:
-            graph.missing.discard(run.micro_batch)
+            graph.missing.pop(run.micro_batch, None)
             self._look(graph)
 
     # Gradients.
@@ -130,27 +168,60 @@ class Continuous:
             self._let_go(graph)
 
     def _overdue(self, graph: Graph, waiting: Waiting[Upward]) -> None:
-        if graph.here.get(waiting.micro_batch) is waiting and not graph.due:
+        if not graph.due and not waiting.answer.done():
             self._stand_in_line(graph)
 
     def _stand_in_line(self, graph: Graph) -> None:
+        self.runner.device.occupancy.waits()
         graph.due = True
         self._due.append(graph)
         self._wake()
 
     async def _go_backward(self, graph: Graph) -> None:
-        graph.due, here = False, graph.here
-        graph.here = {}
+        """For those that are there; from here on the others are late."""
+        self.runner.device.occupancy.waits(-1)
+        self._late.update({id(late.run): late for late in graph.missing.values()})
+        self._say({micro_batch.client for micro_batch in graph.missing})
+        del self._graphs[id(graph.joined)]
         members = [member.micro_batch for member in graph.joined.members]
-        batch = [here[micro_batch] for micro_batch in members if micro_batch in here]
-        job = functools.partial(questions.backward, keep=bool(graph.missing))
-        await self.runner.answer(job, batch, urgent=True)
-        self._look(graph)
+        batch = [graph.here[micro_batch] for micro_batch in members if micro_batch in graph.here]
+        await self.runner.answer(questions.backward, batch, urgent=True)
+        self._freed(graph)
 
     def _let_go(self, graph: Graph) -> None:
         if self._graphs.pop(id(graph.joined), None) is not None:
-            self._held -= graph.bytes
-            self._wake()
+            self._freed(graph)
+
+    def _freed(self, graph: Graph) -> None:
+        self._held -= graph.bytes
+        self._wake()
+
+    def _say(self, clients: set[int]) -> None:
+        """Tell of each client once that its gradients come late."""
+        for client in sorted(clients - self._known_late):
+            logger.info("its batch goes backward without it: it comes late", extra={"fields": {"client": client}})
+        self._known_late |= clients
+
+    async def _go_again(self, late: Late, upward: Upward) -> torch.Tensor | None:
+        """The gradient of the input of one that is late."""
+        waiting = Waiting(rows_of(late.run), Again(late.ask, _of_output(upward)))
+        number = next(self._numbers)
+        self._again[number] = waiting
+        self.runner.device.occupancy.waits()
+        self._wake()
+        try:
+            gradient: torch.Tensor | None = await waiting.answer
+        finally:
+            if self._again.pop(number, None) is not None:
+                self.runner.device.occupancy.waits(-1)
+        return gradient
+
+    async def _go_together_again(self) -> None:
+        """Those that are late, as many as make one batch."""
+        requests = [request_of(number, waiting, urgent=True) for number, waiting in self._again.items()]
+        batch = [self._again.pop(number) for number in cohort(requests, self.budget)[0]]
+        self.runner.device.occupancy.waits(-len(batch))
+        await self.runner.answer(forward_and_backward, batch, urgent=True)
 
     # Activations.
 
@@ -159,6 +230,7 @@ class Continuous:
         held = self.price(ask) if ask.train else 0
         request = request_of(number, waiting, urgent=False, arrived=self.clock(), held=held)
         self._ready[number] = Ready(request, job, ask.train, waiting)
+        self.runner.device.occupancy.waits()
         self._wake()
         try:
             return await waiting.answer
@@ -167,23 +239,25 @@ class Continuous:
                 self.abandon(run)
             raise
         finally:
-            self._ready.pop(number, None)
+            if self._ready.pop(number, None) is not None:
+                self.runner.device.occupancy.waits(-1)
 
     async def _go_forward(self, chosen: Sequence[Ready]) -> None:
+        self.runner.device.occupancy.waits(-len(chosen))
         batch = [ready.waiting for ready in chosen]
         await self.runner.answer(chosen[0].job, batch)
         self._remember(chosen)
 
     def _remember(self, chosen: Sequence[Ready]) -> None:
         """What went forward holds its graph until all of it has gone backward."""
-        runs = {id(ready): _run_of(ready.waiting) for ready in chosen}
-        found = [(ready, run) for ready in chosen if (run := runs[id(ready)]) is not None]
-        if not found or not found[0][1].output_TD.requires_grad:
-            return
-        joined = found[0][1].joined
-        graph = Graph(joined, {run.micro_batch for _, run in found}, bytes=sum(r.request.bytes for r, _ in found))
-        self._graphs[id(joined)] = graph
-        self._held += graph.bytes
+        for ready in chosen:
+            run = _run_of(ready.waiting)
+            if run is None or not run.output_TD.requires_grad:
+                continue
+            graph = self._graphs.setdefault(id(run.joined), Graph(run.joined, {}, 0))
+            graph.missing[run.micro_batch] = Late(ready.waiting.question, run)
+            graph.bytes += ready.request.bytes
+            self._held += ready.request.bytes
 
     # The device.
 
@@ -193,10 +267,13 @@ class Continuous:
             self._working = asyncio.create_task(self._work())
 
     async def _work(self) -> None:
-        while self._due or self._ready:
+        while self._due or self._again or self._ready:
             self._changed.clear()
             if self._due:
                 await self._go_backward(self._due.popleft())
+                continue
+            if self._again:
+                await self._go_together_again()
                 continue
             kind = self._kind()
             budget = replace(self.budget, bytes=self.budget.bytes - self._held)
@@ -219,6 +296,20 @@ class Continuous:
         """Those that may share a batch with the one that came first: training and evaluation are never mixed."""
         first = self._ready[min(self._ready)]
         return [ready for ready in self._ready.values() if (ready.job, ready.train) == (first.job, first.train)]
+
+
+def forward_and_backward(worker: Worker, asks: Sequence[Again]) -> list[torch.Tensor | None]:
+    """Of each the gradient [T, D] of its input."""
+    runs = worker.forward([each.ask for each in asks])
+    return worker.backward(runs, [each.gradient_TD for each in asks])
+
+
+def _of_output(upward: Upward) -> torch.Tensor:
+    """The gradient of its whole output, also where only some positions of it were sent up."""
+    if upward.output is upward.run.output_TD:
+        return upward.gradient
+    gradient = upward.gradient.to(upward.output.device)
+    return torch.autograd.grad(upward.output, upward.run.output_TD, gradient)[0]
 
 
 def _run_of(waiting: Waiting[Any]) -> Pass | None:

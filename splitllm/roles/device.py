@@ -13,11 +13,19 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from splitllm.roles.occupancy import Occupancy
+
 T = TypeVar("T")
 
 
 class Device(Protocol):
-    """Runs the computations of a role one at a time."""
+    """Runs the computations of a role one at a time.
+
+    Attributes:
+        occupancy: how its time is spent.
+    """
+
+    occupancy: Occupancy
 
     async def run(self, job: Callable[[], T], *, urgent: bool = False) -> T:
         """The job's result; urgent jobs (gradients) go before the others (new activations) that wait."""
@@ -25,7 +33,10 @@ class Device(Protocol):
 
 
 class Inline:
-    """Computes where it is called, without giving way to anybody: for roles that share a process."""
+    """Computes where it is called, without giving way to anybody: for roles that share a process. Counts no time."""
+
+    def __init__(self) -> None:
+        self.occupancy = Occupancy()
 
     async def run(self, job: Callable[[], T], *, urgent: bool = False) -> T:
         """Call the job."""
@@ -47,9 +58,13 @@ class DeviceThread:
 
     Args:
         threads: of torch inside one computation.
+
+    Attributes:
+        occupancy: how its time is spent.
     """
 
     def __init__(self, threads: int) -> None:
+        self.occupancy = Occupancy()
         self._jobs: queue.PriorityQueue[_Job] = queue.PriorityQueue()
         self._order = itertools.count()
         self._thread = threading.Thread(target=self._work, args=(threads,), name="device", daemon=True)
@@ -58,11 +73,13 @@ class DeviceThread:
     async def run(self, job: Callable[[], T], *, urgent: bool = False) -> T:
         """Wait for the job's turn and its result; if the waiting is cancelled before its turn, it is never run."""
         mine = _Job((0 if urgent else 1, next(self._order)), job)
+        self.occupancy.waits()
         self._jobs.put(mine)
         try:
             result: T = await asyncio.wrap_future(mine.result)
         finally:
-            mine.result.cancel()  # at once; without effect on one that runs or is done
+            if mine.result.cancel():  # at once; without effect on one that runs or is done
+                self.occupancy.waits(-1)
         return result
 
     def close(self) -> None:
@@ -74,7 +91,9 @@ class DeviceThread:
         torch.set_num_threads(threads)
         while (job := self._jobs.get()).call is not None:
             if job.result.set_running_or_notify_cancel():
+                self.occupancy.begins()
                 _run(job.call, job.result)
+                self.occupancy.ends()
 
 
 def _run(call: Callable[[], Any], result: Future[Any]) -> None:

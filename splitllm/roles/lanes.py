@@ -3,17 +3,32 @@
 A *lane* is one client with the roles above it. It has steps, generations and journals of its own, so that whatever
 becomes of a client, no other client's lane notices. All lanes of a server share its shard and its device, where they
 meet in batches. A message belongs to the lane of the client that its place names.
+
+Where a child carries several lanes, as an edge does to the cloud, what is wrong in one of them is answered with an
+error in that lane: the connection, and with it the others, stay.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
-from splitllm.errors import PeerError
+import torch
+
+from splitllm.errors import CheckpointError, DivergedError, PeerError, RejoinError, SplitLLMError
+from splitllm.roles.checks import LONGEST_WORDS
 from splitllm.roles.gate import Gate
 from splitllm.roles.runner import Batching
 from splitllm.wire.message import Message
+
+logger = logging.getLogger(__name__)
+
+
+class LaneError(PeerError):
+    """One lane cannot go on as it is; those beside it can."""
 
 
 class All:
@@ -38,16 +53,31 @@ class Lanes:
     Args:
         gates: client -> the gate of its lane.
         batching: what all lanes share.
+        park_after: seconds after which the adapter of an idle lane leaves the device for host memory; None: never.
+        over: told of a client whose values are not finite: its lane ends without an adapter.
 
     Attributes:
         children: names of the roles below.
-        finished: set when all lanes are complete.
+        finished: set when all lanes are complete, or over.
         all_left: set when every child has said goodbye to every lane.
     """
 
-    def __init__(self, gates: Mapping[int, Gate], batching: Batching) -> None:
-        self.gates, self.batching = dict(gates), batching
-        self.children = list(dict.fromkeys(child for gate in gates.values() for child in gate.children))
+    def __init__(
+        self,
+        gates: Mapping[int, Gate],
+        batching: Batching,
+        park_after: float | None = None,
+        over: Callable[[int], None] = lambda client: None,
+    ) -> None:
+        self.gates, self.batching, self.park_after, self._tell_of = dict(gates), batching, park_after, over
+        self._asked = dict.fromkeys(gates, _now())
+        self._under_way = dict.fromkeys(gates, 0)
+        self._parked: set[int] = set()
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._look_later()
+        self._lanes = Counter(child for gate in gates.values() for child in gate.children)
+        self.children = list(self._lanes)
+        self._telling: set[asyncio.Task[None]] = set()
         self.finished = All(gate.finished for gate in gates.values())
         self.all_left = All(gate.all_left for gate in gates.values())
 
@@ -56,18 +86,40 @@ class Lanes:
 
         Raises:
             RejoinError: that lane's generation is over.
-            PeerError: it breaks the protocol.
+            PeerError: it breaks the protocol; LaneError where its child carries other lanes too.
+            LaneError: there is no state from which that lane could go on.
             DivergedError: that lane's values are not finite: it ends, and no other.
         """
-        return await self._gate(message).handle(message)
+        gate, client = self._gate(message), message.micro_batch[1]
+        self._under_way[client] += 1
+        try:
+            if client in self._parked:
+                await self._bring_back(client)
+            if self._carries_others(message.sender):
+                gate.check(message)
+            return await gate.handle(message)
+        except DivergedError as error:
+            self._over(message, gate, error)
+            raise
+        except CheckpointError as error:
+            raise self._in_lane(message, error) from error
+        except PeerError as error:
+            if isinstance(error, RejoinError) or not self._carries_others(message.sender):
+                raise
+            raise self._in_lane(message, error) from error
+        finally:
+            self._under_way[client] -= 1
+            self._asked[client] = _now()
 
     def check(self, message: Message) -> None:
-        """Look at a request, by what the recipe allows in its lane.
+        """Look at a request, by what the recipe allows in its lane; that of a child with other lanes only later.
 
         Raises:
-            PeerError: it is not allowed.
+            PeerError: it is not allowed, or the lane is not below its sender.
         """
-        self._gate(message).check(message)
+        gate = self._gate(message)
+        if not self._carries_others(message.sender):
+            gate.check(message)
 
     def away(self, child: str) -> None:
         """The connection of a child is gone."""
@@ -85,13 +137,75 @@ class Lanes:
         """Children that have been away for so many seconds, and are waited for without end."""
         return sorted({child for gate in self.gates.values() for child in gate.missing(seconds)})
 
+    # Whoever asks nothing for long gives way on the device.
+
+    def _look_later(self) -> None:
+        if self.park_after is not None:
+            asyncio.get_running_loop().call_later(self.park_after / 4, self._look)
+
+    def _look(self) -> None:
+        for client, since in self._asked.items():
+            idle = not self._under_way[client] and _now() - since >= (self.park_after or 0)
+            if idle and client not in self._parked:
+                self._parked.add(client)
+                self._jobs.add(job := asyncio.create_task(self._move(client, torch.device("cpu"))))
+                job.add_done_callback(self._jobs.discard)
+        self._look_later()
+
+    async def _bring_back(self, client: int) -> None:
+        self._parked.discard(client)
+        worker = self.gates[client].server.worker
+        assert worker is not None
+        await self._move(client, worker.device)
+
+    async def _move(self, client: int, device: torch.device) -> None:
+        """Both ways urgent, so that they come in order; in the middle of a step nothing is moved."""
+        server = self.gates[client].server
+        assert server.worker is not None
+        mine = server.worker.own[client]
+        await server.device.run(lambda: None if mine.in_step else mine.move(device), urgent=True)
+
     def _gate(self, message: Message) -> Gate:
         gate = self.gates.get(message.micro_batch[1])
         if gate is None or message.sender not in gate.children:
             raise PeerError(f"{message.sender} sent {message.kind} for client {message.micro_batch[1]}, not below it")
         return gate
 
+    def _carries_others(self, child: str) -> bool:
+        return self._lanes[child] > 1
+
+    def _in_lane(self, message: Message, error: SplitLLMError) -> LaneError:
+        client = message.micro_batch[1]
+        logger.warning("a lane cannot go on", extra={"fields": {"client": client, "reason": str(error)}})
+        return LaneError(str(error))
+
+    def _over(self, message: Message, gate: Gate, error: DivergedError) -> None:
+        """Nobody waits for this lane any more; if its client comes back it may still go on."""
+        client = message.micro_batch[1]
+        logger.warning("this client has diverged", extra={"fields": {"client": client, "reason": str(error)}})
+        gate.end("its values are not finite")
+        gate.finished.set()
+        for child in gate.children:
+            gate.left(child)
+        self._tell_of(client)
+        if message.kind == "diverged" and gate.server.uplink is not None:
+            task = asyncio.create_task(_tell_above(gate, client, error))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
     def _each(self, child: str, tell: Callable[[Gate], None]) -> None:
         for gate in self.gates.values():
             if child in gate.children:
                 tell(gate)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def _tell_above(gate: Gate, client: int, error: DivergedError) -> None:
+    """The role above need not wait for this lane either."""
+    assert gate.server.uplink is not None
+    what = " ".join(str(error).split())[:LONGEST_WORDS]
+    with contextlib.suppress(SplitLLMError):  # the answer is an error
+        await gate.server.uplink.request(gate.server.message("diverged", (0, client, 0), {"what": what}))

@@ -52,10 +52,10 @@ class Batching(Protocol):
 
 
 class Waiting(Generic[Q]):
-    """A question with the place of its answer."""
+    """A question with the place of its answer, and the moment when it came."""
 
     def __init__(self, rows: Rows, question: Q) -> None:
-        self.rows, self.question = rows, question
+        self.rows, self.question, self.came = rows, question, time.monotonic()
         self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     @property
@@ -80,14 +80,25 @@ class Runner:
 
     async def one(self, job: Job[Q, A], rows: Rows, question: Q, *, urgent: bool = False) -> A:
         """The answer to a question that is put alone."""
-        return (await self._compute(lambda: job(self.worker, [question]), lambda: [rows], urgent))[0]
+        came = time.monotonic()
+
+        def run() -> Sequence[A]:
+            self.account.waited(rows.micro_batch.client, time.monotonic() - came)
+            return job(self.worker, [question])
+
+        return (await self._compute(run, lambda: [rows], urgent))[0]
 
     async def answer(self, job: Job[Q, A], batch: Sequence[Waiting[Q]], *, urgent: bool = False) -> None:
-        """Answer all questions of a batch; of those who are gone when its turn comes nothing is computed."""
+        """Answer all questions of a batch; of those who are gone when its turn comes nothing is computed.
+
+        Should activations fail together, each is asked alone: only who is to blame fails.
+        """
         live: list[Waiting[Q]] = []
 
         def run() -> Sequence[A]:
             live.extend(waiting for waiting in batch if not waiting.answer.cancelled())
+            for waiting in live:
+                self.account.waited(waiting.micro_batch.client, time.monotonic() - waiting.came)
             return job(self.worker, [waiting.question for waiting in live]) if live else []
 
         try:
@@ -97,6 +108,10 @@ class Runner:
                 waiting.answer.cancel()
             raise
         except Exception as error:  # noqa: BLE001 (whoever waits gets it)
+            if len(live) > 1 and not urgent:
+                for waiting in live:
+                    await self.answer(job, [waiting])
+                return
             for waiting in batch:
                 if not waiting.answer.done():
                     waiting.answer.set_exception(error)

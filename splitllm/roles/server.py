@@ -5,6 +5,7 @@ Shape suffixes: T real tokens of a micro-batch, N labelled positions, D hidden w
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from splitllm.wire.message import Kind, Message
 
 Counts = dict[int, list[int]]
 LossWeights = dict[int, float]
+Commit = Callable[[int, int], Callable[[], None] | None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Server:
         device: where it computes.
         batching: runs its micro-batches; None to run each alone.
         commit: called with the number of steps done and the generation, once a step is applied and before anybody is
-            told.
+            told. What it returns is called beside the device, and waited for, too.
 
     Attributes:
         generation: the stretch of the run that its messages belong to.
@@ -112,7 +114,7 @@ class Server:
         schedule: Callable[[int], float],
         device: Device | None = None,
         batching: Batching | None = None,
-        commit: Callable[[int, int], None] = no_commit,
+        commit: Commit = no_commit,
     ) -> None:
         assert (uplink is None) != (top is None), "a server has a role above it or is the top"
         self.name, self.worker, self.uplink, self.top = name, worker, uplink, top
@@ -310,14 +312,16 @@ class Server:
         return reply
 
     async def _apply(self, step: int, settled: Settled) -> None:
-        """One optimiser step, and its commit."""
+        """One optimiser step, and its commit; the device does not wait for the disk."""
 
-        def job() -> None:
+        def job() -> Callable[[], None] | None:
             if self.worker is not None:
                 apply(self.worker, settled, self.schedule(step))
-            self.commit(step + 1, self.generation)
+            return self.commit(step + 1, self.generation)
 
-        await self.device.run(job)
+        write = await self.device.run(job)
+        if write is not None:
+            await asyncio.to_thread(write)
 
     async def _settle(self, message: Message, closing: Closing) -> Settled:
         """What all step by: decided at the top, heard from above elsewhere."""

@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from splitllm.deployment.bounds import MIB, allowed, graph_bytes, in_flight, limits, micro_batch_bytes
-from splitllm.model.joined import Rows
-from splitllm.model.randomness import MicroBatchId
+from splitllm.deployment.bounds import MIB, allowed, in_flight, limits, micro_batch_bytes
+from splitllm.model.memory import activation_bytes, work_of
 from splitllm.model.trainable import Trainable
 from splitllm.recipe import role_names
-from splitllm.roles.worker import Ask
 from splitllm.wire.codecs import codec, pack
 from splitllm.wire.frames import payload_bytes
 from tests.families import corpus, recipe
@@ -62,31 +60,12 @@ def test_what_is_under_way_fits_into_the_memory_allowed_or_is_one(memory_mib: in
     data = {"source": "unused", "max_length": 512}
     train = {"steps": 1, "batch_size": 4, "accumulate": 16, "in_flight": 16}
     plan = plan_of(recipe("gpt2", [2, 4], data=data, train=train, wire={"memory_mib": memory_mib}), corpus(2))
-    for server, clients, blocks in (("cloud", 2, 2), ("edge-0", 1, 2)):
+    for server, clients, start, stop in (("cloud", 2, 4, 6), ("edge-0", 1, 2, 4)):
         count = in_flight(plan, server)
-        held = clients * (2 * micro_batch_bytes(plan) + graph_bytes(plan, blocks))
+        graph = activation_bytes(plan.config, work_of(plan.recipe, plan.modules, start, stop))
+        held = clients * (2 * micro_batch_bytes(plan) + graph)
         assert 1 <= count <= 16 and (count == 1 or count * held <= memory_mib * MIB)
         assert count == 16 or (count + 1) * held > memory_mib * MIB
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gemma3", "phi3", "olmo2"])
-def test_what_a_graph_holds_is_counted_within_a_factor_of_2(family: str) -> None:
-    train = {"steps": 1, "batch_size": 4}
-    settings = recipe(family, [1, 3], data={"source": "unused", "max_length": 32}, train=train, dtype="float32")
-    tree = Tree(settings, corpus(2, rows=4))
-    worker, width = tree.pasts["edge-0"].worker, tree.plan.config.hidden_size
-    worker.forward([Ask(Rows(MicroBatchId(0, 0, 0), (32,) * 4), torch.randn(4 * 32, width), input_gradient=True)])
-    measured = worker.peak()["activations of a batch"]
-    assert measured / 2 < graph_bytes(tree.plan, 2) < 2 * measured
-
-
-def test_where_activations_are_checkpointed_the_graph_of_one_block_is_counted() -> None:
-    plans = [
-        plan_of(recipe("gpt2", [1, 3], train={"steps": 1, "activation_checkpointing": on}), corpus(2))
-        for on in (False, True)
-    ]
-    plain, less = ([graph_bytes(plan, blocks) for blocks in (0, 1, 4)] for plan in plans)
-    assert plain == [0, plain[1], 4 * plain[1]] and less[0] == 0 and plain[1] < less[1] < less[2] < 2 * plain[1]
 
 
 TREES = {

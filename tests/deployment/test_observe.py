@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import time
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from splitllm.deployment.client import _attend
-from splitllm.deployment.observe import Observer
+from splitllm.deployment.observe import Metered, Observer
 from splitllm.deployment.server import _serve
 from splitllm.deployment.station import Options, open_station
 from splitllm.recipe import load_recipe
+from splitllm.roles.account import Account
+from splitllm.roles.occupancy import Occupancy
 from splitllm.wire.assembling import Limits
 from splitllm.wire.coding import Coding
 from splitllm.wire.message import Message
@@ -37,13 +40,15 @@ def scraped(port: int) -> Samples:
     return {(sample.name, ",".join(sample.labels.values())): sample.value for sample in samples}
 
 
-async def run_and_scrape(folder: Path) -> list[Samples]:
+async def run_and_scrape(folder: Path, *more: str) -> list[Samples]:
     """A cloud and two clients in one event loop; what Prometheus got every few milliseconds."""
     write_recipe(folder)
     metrics = free_port()
     words = ["split.tiers={client: 2, cloud: 1}", "split.cuts=[2]", "train.threads=1", f"train.batch_size={BATCH}"]
     address = f"wire.addresses={{cloud: 127.0.0.1:{free_port()}}}"
-    recipe = load_recipe(folder / "recipe.yaml", [*words, address, f"train.steps={STEPS}", "train.checkpoint_every=1"])
+    recipe = load_recipe(
+        folder / "recipe.yaml", [*words, address, f"train.steps={STEPS}", "train.checkpoint_every=1", *more]
+    )
     cloud = open_station(recipe, Options("cloud", folder / "cloud", metrics=f"127.0.0.1:{metrics}"), client=None)
     clients = [
         open_station(recipe, Options(f"client-{index}", folder / f"client-{index}"), client=index) for index in (0, 1)
@@ -80,7 +85,7 @@ def test_a_server_is_asked_while_it_runs(tmp_path: Path) -> None:
         for direction in ("up", "down"):
             name = {"up": "received", "down": "sent"}[direction]
             frames = last[(f"splitllm_{name}_bytes_total", child)]
-            assert 0.2 * frames < last[("splitllm_tenant_bytes_total", f"{child},{direction}")] < frames
+            assert 0.2 * frames < last[("splitllm_tenant_bytes_total", f"{direction},{child}")] < frames
         assert 0 < last[("splitllm_tenant_device_seconds_total", child)] < 60
     micro_batches, batches = last[("splitllm_batch_micro_batches_total", "")], last[("splitllm_batches_total", "")]
     assert micro_batches == batches > 2 * STEPS and last[("splitllm_batch_size", "")] == 1
@@ -92,25 +97,47 @@ def test_a_server_is_asked_while_it_runs(tmp_path: Path) -> None:
             assert key[0] not in names or after[key] >= before[key]
 
 
+def test_batches_of_several_tenants_are_counted_and_their_time_shared_out(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    run = run_and_scrape(tmp_path, "server.batching=synchronous", "model.dropout=0.0")
+    last = asyncio.run(asyncio.wait_for(run, 60))[-1]
+    assert last[("splitllm_batch_size", "")] in (1, 2)
+    batches, micro_batches = last[("splitllm_batches_total", "")], last[("splitllm_batch_micro_batches_total", "")]
+    assert batches < micro_batches <= 2 * batches
+    seconds = [last[("splitllm_tenant_device_seconds_total", f"client-{index}")] for index in (0, 1)]
+    assert all(seconds) and sum(seconds) < time.perf_counter() - started
+
+
+def test_the_page_lists_what_can_be_asked() -> None:
+    observer, page = Observer(1), (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text()
+    metered = Metered(**vars(reception()), account=Account(), occupancy=Occupancy(), tenants={0: "client-0"})
+    observer.watched(metered)
+    observer.serve(None, Sessions(metered))()
+    told = {metric.name for metric in observer.registry.collect() if metric.name.startswith("splitllm_")}
+    listed = {name.removesuffix("_total") for name in re.findall(r"`(\w+)`", page.split("| `splitllm_` |")[1])}
+    assert {name.removeprefix("splitllm_") for name in told} <= listed
+
+
 def nobody() -> Sessions:
     """Sessions of a server that nobody talks to."""
+    return Sessions(reception())
 
+
+def reception() -> Reception:
     async def answer(message: Message) -> Message:
         return message
 
-    return Sessions(
-        Reception(
-            admit=lambda hello, identity: ("", {}),
-            answer=answer,
-            check=lambda message: None,
-            room=lambda child: 1,
-            coding=Coding,
-            limits=Limits(),
-            back=lambda child: None,
-            away=lambda child: None,
-            left=lambda child: None,
-            fatal=lambda error: None,
-        )
+    return Reception(
+        admit=lambda hello, identity: ("", {}),
+        answer=answer,
+        check=lambda message: None,
+        room=lambda child: 1,
+        coding=Coding,
+        limits=Limits(),
+        back=lambda child: None,
+        away=lambda child: None,
+        left=lambda child: None,
+        fatal=lambda error: None,
     )
 
 

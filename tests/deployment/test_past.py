@@ -10,8 +10,9 @@ import torch
 
 from splitllm.deployment.past import HELD, Past
 from splitllm.deployment.station import Options, Station, open_station
-from splitllm.errors import CheckpointError
+from splitllm.errors import CheckpointError, RejoinError
 from splitllm.recipe import load_recipe, start_digest
+from splitllm.roles.recovery import Standing
 from tests.tiny import write_recipe
 
 
@@ -54,6 +55,36 @@ def test_a_fresh_role_stands_at_step_0_and_a_killed_one_is_put_back(path: Path, 
     assert again.standing().states == ((1, "7000"),)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in again.state().items())
     assert again.adapter().keys() == again.worker.trainable.parameters.keys()
+
+
+def test_a_commit_in_two_parts_keeps_the_state_of_the_first_whatever_is_trained_meanwhile(
+    path: Path, tmp_path: Path
+) -> None:
+    told = {"tokens": 7}
+    edge = past(station(path, tmp_path), values=lambda: told)
+    shift(edge.worker, 1.0)
+    kept = {name: tensor.clone() for name, tensor in edge.state().items()}
+    write = edge.committing(1, 7000)
+    shift(edge.worker, 1.0)
+    told["tokens"] = 8
+    write()
+    assert edge.standing().states == ((1, "7000"), (0, "new"))
+    tensors, values = edge.journal.read(1)
+    assert values["beside"] == {"tokens": 7}
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in tensors.items()) and tensors.keys() == kept.keys()
+
+
+def test_a_commit_that_is_late_changes_nothing_that_was_told(path: Path, tmp_path: Path) -> None:
+    edge = past(station(path, tmp_path))
+    early, late = edge.committing(1, 7000), edge.committing(2, 7000)
+    early()
+    told = edge.standing()
+    with pytest.raises(RejoinError, match="step 2 was not committed"):
+        late()
+    assert edge.standing() == told == Standing("edge", ((1, "7000"), (0, "new")))
+    edge.restore(0)
+    edge.committing(1, 7001)()
+    assert edge.standing().states == ((1, "7001"), (0, "new"))
 
 
 def test_the_state_of_another_role_is_taken_over_and_kept(path: Path, tmp_path: Path) -> None:

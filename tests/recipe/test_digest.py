@@ -27,6 +27,7 @@ COUNTED = {  # another value of every key that must be equal on all machines
     "server.wait": 0.5,
     "server.starve": 5.0,
     "server.gradient_wait": 0.25,
+    "server.park_after": 9.0,
     "lora.rank": 4,
     "lora.alpha": 8,
     "lora.dropout": 0.5,
@@ -90,6 +91,7 @@ TOGETHER = {  # what a key above cannot be without
     "data.partition.field": ["data.partition={by: field, field: kind}"],
     "data.partition.alpha": ["data.partition={by: dirichlet, field: topic, alpha: 1.0}"],
     "data.pack": ["data.format=text"],
+    "lora.clients": ["lora.adapters=per_client"],
 }
 
 

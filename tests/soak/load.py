@@ -103,7 +103,7 @@ class Client:
     """
 
     def __init__(self, load: Load, name: str) -> None:
-        self._load, self.name, self._index = load, name, int(name.rpartition("-")[2])
+        self._load, self.name, self._index, self._alike = load, name, int(name.rpartition("-")[2]), "client"
         folder = Path(load.config["recorded"]) / name
         self._recorded = {path.stem: path.read_bytes() for path in folder.glob("*.bin")}
         self._number, self._received, self._generation = 0, list[int](), 0
@@ -113,6 +113,14 @@ class Client:
 
     async def attend(self) -> None:
         """Connect, and take part until the load is over."""
+        await self._connect()
+        while True:
+            try:
+                return await self._take_part()
+            except Rejoin:
+                continue
+
+    async def _connect(self) -> None:
         certificates = Path(self._load.config["certificates"]) / self.name
         ca, key, own = ((certificates / f"{file}.pem").read_bytes() for file in ("ca", "key", "cert"))
         options = [*OPTIONS, ("grpc.ssl_target_name_override", self._load.config["server"])]
@@ -123,24 +131,19 @@ class Client:
         await self._call.write(framed(HELLO, 0, {"values": hello, "tensors": []}))
         kind, _, said, _ = opened(await self._call.read())
         assert kind == WELCOME and said["values"]["batch_size"] == self._load.config["batch_size"], said
-        while True:
-            try:
-                return await self._take_part()
-            except Rejoin:
-                continue
 
     async def close(self) -> None:
         self._call.cancel()
         await self._channel.close()
 
     async def _take_part(self) -> None:
-        begun = await self._ask("join", (0, 0, 0), header={"standings": {self.name: ["client", self._kept]}})
+        begun = await self._ask("join", self._place(0), header={"standings": {self.name: [self._alike, self._kept]}})
         self._generation, step = int(begun["generation"]), int(begun["step"])
         self._load.joins[self.name] += 1
         assert self.name not in begun["lacking"] and self.name not in begun["donors"].values(), begun
         self._kept = [kept for kept in self._kept if kept[0] <= step]
         if begun["lacking"]:
-            await self._ask("share", (0, 0, 0), header={})
+            await self._ask("share", self._place(0), header={})
         if step == 0 and not begun["evaluated"]:
             await self._evaluate()
         while self._load.may_open(step):
@@ -149,10 +152,13 @@ class Client:
             self._kept = [[step, str(self._generation)], self._kept[0]]
             self._load.steps[self.name] += 1
 
+    def _place(self, step: int) -> tuple[int, int, int]:
+        return step, self._index, 0
+
     async def _evaluate(self) -> None:
         for index in range(sum(name.startswith("evaluation-") for name in self._recorded)):
             await self._ask(f"evaluation-{index}", (-1, self._index, index))
-        await self._ask("evaluated", (0, 0, 0))
+        await self._ask("evaluated", self._place(0))
         self._told = list(self._traffic)
 
     async def _step(self, step: int) -> None:
@@ -161,7 +167,7 @@ class Client:
             if kind == "close":
                 crossed = [now - before for now, before in zip(self._traffic, self._told, strict=True)]
                 self._told, header = list(self._traffic), {"bytes": {self.name: crossed}}
-            await self._ask(f"{kind}-{step % 2}", (step, self._index, 0), **({"add": header} if header else {}))
+            await self._ask(f"{kind}-{step % 2}", self._place(step), **({"add": header} if header else {}))
 
     async def _ask(
         self,

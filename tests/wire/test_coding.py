@@ -54,6 +54,15 @@ def test_each_tensor_gets_the_codec_of_its_direction_and_all_others_none() -> No
     assert {packed.codec for packed in down.values()} == {"bf16"}
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("codec", ["none", "bf16", "int8", "int4", "topk:0.05"])
+def test_sizes_are_those_of_what_is_packed(codec: str, train: bool) -> None:
+    coding, request = Coding(codec, codec), forward(train=train)
+    assert coding.request_bytes(request) == sum(one.nbytes for one in coding.pack_request(request).values())
+    answer = reply(request, gradient_TD=random(5, WIDTH))
+    assert coding.reply_bytes(request, answer) == sum(one.nbytes for one in coding.pack_reply(request, answer).values())
+
+
 @pytest.mark.parametrize("kind", ["open", "close", "share", "finish"])
 def test_adapters_and_sums_of_gradients_are_never_coded(kind: Any) -> None:
     coding, tensors = Coding("int4", "int4"), {"model.q_proj.lora_A.weight": random(4, WIDTH)}
