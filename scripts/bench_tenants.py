@@ -32,7 +32,7 @@ import torch
 from bases import draw_gpt2_small
 from bench_memory import MIB, RETURNING, resident, settle
 from pages import bullets, known_figures, machine, table, write_page
-from servers import PLACES, Load, Traffic, build
+from servers import ONE_BATCH, PLACES, Load, Traffic, build
 from torch.profiler import ProfilerActivity, profile
 
 from splitllm.model.loading import quiet_transformers
@@ -49,7 +49,7 @@ SHORTEST = 256  # tokens of a measurement: smaller steps are repeated
 HOLD = 150  # seconds that `--lock` is held at most before others get their turn
 MEMORY_CLIENTS, REPLICAS, STEPS = (1, 4, 16, 64), 16, 3
 DEFAULT = "glibc's own"
-ALLOCATORS = {DEFAULT: {}, "1 MiB": {"MALLOC_MMAP_THRESHOLD_": "1048576"}, "64 KiB": RETURNING}
+ALLOCATORS = {DEFAULT: {}, "256 KiB": {"MALLOC_MMAP_THRESHOLD_": "262144"}, "64 KiB": RETURNING}
 ROW_SHAPES = {"1 x 32": (32,), "4 x 128": (128,) * 4}
 FURTHER, SAVED = 1.10, 0.74
 
@@ -237,7 +237,7 @@ def measure_memory(case: MemoryCase, base: Path) -> dict[str, float]:
     before = settle()
     with quiet_transformers():
         workers = [build(base, single) for _ in range(case.clients)] if case.replicas else [build(base, load)]
-    traffics = [Traffic(worker, single if case.replicas else load) for worker in workers]
+    traffics = [Traffic(worker, single if case.replicas else load, ONE_BATCH) for worker in workers]
 
     def step() -> None:
         for traffic in traffics:

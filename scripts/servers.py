@@ -24,7 +24,8 @@ from splitllm.roles.worker import Ask, Worker
 
 WIDTH, WORDS, RANK = 768, 50257, 8
 CPU = torch.device("cpu")
-BUDGET = Budget(ServerRecipe().tokens, bytes=1 << 62, wait=0.0, starve=0.0, overhead=BATCH_OVERHEAD)
+DEFAULT = Budget(ServerRecipe().tokens, bytes=1 << 62, wait=0.0, starve=0.0, overhead=BATCH_OVERHEAD)
+ONE_BATCH = replace(DEFAULT, tokens=1 << 62)
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ def build(base: Path, load: Load) -> Worker:
 
 
 class Traffic:
-    """What the clients of a load send to a worker: random, the same in every step."""
+    """What the clients of a load send to a worker: random, the same in every step; the budget is of its batches."""
 
-    def __init__(self, worker: Worker, load: Load) -> None:
+    def __init__(self, worker: Worker, load: Load, budget: Budget = DEFAULT) -> None:
         present = {client: own for client, own in worker.own.items() if client < len(load.lengths)}
-        self.worker, self.load = replace(worker, own=present), load
+        self.worker, self.load, self.budget = replace(worker, own=present), load, budget
         generator = torch.Generator().manual_seed(1)
         counts = [sum(lengths) for lengths in load.lengths]
         self._hidden = [torch.randn(count, WIDTH, generator=generator) for count in counts]
@@ -106,7 +107,7 @@ class Traffic:
             Request(number, str(number), False, each.lengths, each.entry, 0.0, 0, each.micro_batch)
             for number, each in enumerate(rows)
         ]
-        self._step(cohort(requests, BUDGET), rows)
+        self._step(cohort(requests, self.budget), rows)
 
     def alone(self) -> None:
         """One step, each client's micro-batch by itself."""

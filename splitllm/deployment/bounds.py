@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -15,11 +15,11 @@ from splitllm.recipe import (
     Recipe,
     children_of,
     client_cuts,
+    client_names,
     clients_below,
     holders,
     lora_of,
     own_blocks,
-    role_names,
     sharing,
     tier_of,
 )
@@ -43,11 +43,11 @@ def allowed(plan: Plan, name: str, client: int | None = None) -> Allowed:
         client: in the lane of this one only; None: all together.
     """
     recipe = plan.recipe
-    children = [c for c in children_of(recipe, name) if client is None or client in clients_below(recipe, c)]
-    names = [name, *(role for child in children for role in _subtree(recipe, child))]
-    held = {role: held_by(plan, role) for role in names}
+    clients = clients_below(recipe, name) if client is None else [client]
+    held = {role: held_by(plan, role, clients) for role in _subtree(recipe, name, clients)}
+    children = [child for child in children_of(recipe, name) if child in held]
     return Allowed(
-        children={child: _in_lane(_child(plan, child, held), client) for child in children},
+        children={child: _child(recipe, child, clients, held) for child in children},
         steps=recipe.train.steps,
         accumulate=recipe.train.accumulate,
         rows=recipe.train.batch_size,
@@ -56,6 +56,7 @@ def allowed(plan: Plan, name: str, client: int | None = None) -> Allowed:
         vocabulary=plan.config.vocab_size,
         targets=recipe.split.labels == "cloud",
         packed=recipe.data.pack,
+        double=recipe.model.dtype == "float64",
         tiers={sharing(recipe, role): each.together for role, each in held.items()},
     )
 
@@ -75,14 +76,14 @@ class Held:
     own: Mapping[int, Mapping[str, torch.Size]]
 
 
-def held_by(plan: Plan, name: str) -> Held:
-    """What a role holds."""
+def held_by(plan: Plan, name: str, clients: Collection[int]) -> Held:
+    """What a role holds, of the own adapters those of these clients."""
     recipe, layers = plan.recipe, plan.config.num_hidden_layers
     (start, stop), own, counts = plan.role_bounds[name], own_blocks(recipe, layers), holders(recipe, layers)
     shapes = _shapes(plan)
     blocks = {tensor: block_of(plan.config, in_model(tensor)) for tensor in shapes}
     together = {t: shapes[t] for t, block in blocks.items() if start <= block < stop and block not in own}
-    first = dict.fromkeys(clients_below(recipe, name), start)
+    first = {client: start for client in clients_below(recipe, name) if client in clients}
     if tier_of(recipe, name)[0] > 0:
         cuts = client_cuts(recipe)
         first = {client: max(start, cuts[client]) for client in first}
@@ -139,10 +140,10 @@ def _itemsize(recipe: Recipe) -> int:
     return 8 if recipe.model.dtype == "float64" else 4
 
 
-def _child(plan: Plan, name: str, held: Mapping[str, Held]) -> Child:
-    """What a child speaks for: itself, and the roles below it."""
-    recipe = plan.recipe
-    clients, below = next(iter(role_names(recipe).values())), [held[role] for role in _subtree(recipe, name)]
+def _child(recipe: Recipe, name: str, clients: Collection[int], held: Mapping[str, Held]) -> Child:
+    """What a child speaks for: itself, and the roles below it that these clients' branches go through."""
+    names, roles = client_names(recipe), _subtree(recipe, name, clients)
+    below = [held[role] for role in roles]
     together = {tensor: shape for each in below for tensor, shape in each.together.items()}
     summed = {tensor for each in below for tensor in each.summed}
     own: dict[int, dict[str, torch.Size]] = {}
@@ -150,8 +151,8 @@ def _child(plan: Plan, name: str, held: Mapping[str, Held]) -> Child:
         for client, tensors in each.own.items():
             own.setdefault(client, {}).update(tensors)
     return Child(
-        clients={number: clients[number] for number in clients_below(recipe, name)},
-        roles={role: sharing(recipe, role) for role in _subtree(recipe, name)},
+        clients={number: names[number] for number in clients_below(recipe, name) if number in clients},
+        roles={role: sharing(recipe, role) for role in roles},
         summed={tensor: shape for tensor, shape in together.items() if tensor in summed},
         normed=frozenset(together.keys() - summed),
         own={client: len(tensors) for client, tensors in own.items()},
@@ -159,21 +160,8 @@ def _child(plan: Plan, name: str, held: Mapping[str, Held]) -> Child:
     )
 
 
-def _in_lane(child: Child, client: int | None) -> Child:
-    """What it speaks for in the lane of one client."""
-    if client is None:
-        return child
-    name, own = child.clients[client], f"{TENANT}{client}/"
-    others = set(child.clients.values()) - {name}
-    return replace(
-        child,
-        clients={client: name},
-        roles={role: shares for role, shares in child.roles.items() if role not in others},
-        own={c: count for c, count in child.own.items() if c == client},
-        adapter={tensor: s for tensor, s in child.adapter.items() if tensor.startswith(own)},
-    )
-
-
-def _subtree(recipe: Recipe, name: str) -> list[str]:
-    """A role and all below it."""
-    return [name, *(role for child in children_of(recipe, name) for role in _subtree(recipe, child))]
+def _subtree(recipe: Recipe, name: str, clients: Collection[int]) -> list[str]:
+    """A role and all below it that the branches of these clients go through."""
+    if not any(client in clients for client in clients_below(recipe, name)):
+        return []
+    return [name, *(role for child in children_of(recipe, name) for role in _subtree(recipe, child, clients))]

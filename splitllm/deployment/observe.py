@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
@@ -42,21 +42,24 @@ class Observer:
 
     Args:
         batch_size: rows of a full micro-batch.
+        lanes: numbers of the clients, where each has steps of its own; none elsewhere.
 
     Attributes:
         registry: all metrics of this server; nothing else of this process is in it.
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, lanes: Collection[int] = ()) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
-        self._batch_size, self._opened = batch_size, (-1, 0.0)
+        self._batch_size, self._by_lanes = batch_size, bool(lanes)
+        self._opened: dict[int, tuple[int, float]] = {}
+        self._done = dict.fromkeys(lanes or [0], 0)
         own = self.registry
         self._requests = Counter("splitllm_requests", "Requests accepted", ["kind"], registry=own)
         self._queue = Gauge("splitllm_requests_under_way", "Requests accepted and not yet answered", registry=own)
         self._fill = Gauge(
             "splitllm_batch_fill_ratio", "Rows of the last micro-batch over train.batch_size", registry=own
         )
-        self._step = Gauge("splitllm_step", "Optimiser steps done", registry=own)
+        self._step = Gauge("splitllm_step", "Optimiser steps done (of lanes: at least)", registry=own)
         self._seconds = Histogram("splitllm_step_seconds", "Time of a step", buckets=STEP_SECONDS, registry=own)
         ProcessCollector(registry=self.registry)
 
@@ -108,17 +111,24 @@ class Observer:
         return stop
 
     def _came(self, message: Message) -> None:
-        if message.kind == "open" and message.step != self._opened[0]:
-            self._opened = (message.step, time.perf_counter())
+        lane = self._lane(message)
+        if message.kind == "open" and message.step != self._opened.get(lane, (-1, 0.0))[0]:
+            self._opened[lane] = (message.step, time.perf_counter())
         if message.kind == "forward":
             self._fill.set(len(message.header["lengths"]) / self._batch_size)
 
     def _answered(self, message: Message) -> None:
         """The first child that may step has the whole step behind it; the others come at the same moment."""
-        if message.kind == "close" and message.step == self._opened[0]:
-            self._seconds.observe(time.perf_counter() - self._opened[1])
-            self._step.set(message.step + 1)
-            self._opened = (-1, 0.0)
+        step, since = self._opened.get(lane := self._lane(message), (-1, 0.0))
+        if message.kind == "close" and message.step == step:
+            self._seconds.observe(time.perf_counter() - since)
+            self._done[lane] = step + 1
+            self._step.set(min(self._done.values()))
+            del self._opened[lane]
+
+    def _lane(self, message: Message) -> int:
+        """Where clients go at their own pace each has steps of its own; elsewhere all have the same."""
+        return message.micro_batch[1] if self._by_lanes else 0
 
 
 class _Children(Collector):

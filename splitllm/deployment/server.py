@@ -17,7 +17,7 @@ from splitllm.deployment.reach import say_who_is_missing
 from splitllm.deployment.station import Options, Station, open_station
 from splitllm.deployment.stop import Stop
 from splitllm.errors import DivergedError, RunInterrupted, SplitLLMError
-from splitllm.recipe import Recipe, children_of, clients_below, role_names
+from splitllm.recipe import Recipe, children_of, client_names, clients_below, goes_by_lanes
 from splitllm.roles.assembly import coding_of
 from splitllm.roles.lanes import Lanes
 from splitllm.wire.remote import Listener
@@ -58,7 +58,9 @@ async def _serve(station: Station) -> None:
         told = await stop.unless_asked(station.welcomed(uplink))
     door = door_of(station, journals, await stop.unless_asked(station.load(told)), uplink)
     trouble: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    observer = Observer(station.recipe.train.batch_size)
+    recipe = station.recipe
+    lanes = clients_below(recipe, station.name) if goes_by_lanes(recipe) else []
+    observer = Observer(recipe.train.batch_size, lanes)
     sessions = Sessions(observer.watched(_reception(station, door, trouble, told)))
     stop_metrics = observer.serve(station.options.metrics, sessions)
     streams = 2 * len(door.children) + SPARE_STREAMS
@@ -125,7 +127,7 @@ def _reception(station: Station, door: Door, trouble: asyncio.Future[None], told
     taken_in = station.plan.admissions.get(station.name)
     admission.say(recipe, taken_in)
     assert door.batching is not None, "a role of a deployment has a shard"
-    account, clients = door.batching.runner.account, next(iter(role_names(recipe).values()))
+    account, clients = door.batching.runner.account, client_names(recipe)
 
     def fatal(error: BaseException) -> None:
         if isinstance(door, Lanes) and isinstance(error, DivergedError):

@@ -116,13 +116,17 @@ class _Groups:
         """The sums over the products of each tenant."""
         index_G = self.index(gradient_GXX.device)
         if index_G is not None:
-            zeros_KXX = gradient_GXX.new_zeros(len(self.scales), *gradient_GXX.shape[1:])
-            gradient_GXX = zeros_KXX.index_add_(0, index_G, gradient_GXX)
+            wide = torch.promote_types(gradient_GXX.dtype, torch.float32)
+            zeros_KXX = gradient_GXX.new_zeros(len(self.scales), *gradient_GXX.shape[1:], dtype=wide)
+            gradient_GXX = zeros_KXX.index_add_(0, index_G, gradient_GXX.to(wide))
         return gradient_GXX.unbind()
 
 
 class _Stacked(torch.autograd.Function):
     """The products of several tenants. The stacks of their adapters are made again in the backward, not kept for it.
+
+    Between the two nobody steps whose gradient is still to come. One who was lost in between may have begun anew and
+    stepped; its rows have gradient 0, and its newer values do no harm.
 
     Shape suffixes: G products, P positions of one.
     """
@@ -132,8 +136,8 @@ class _Stacked(torch.autograd.Function):
         a_GRD, b_GOR, scale_G11 = groups.stacks(parameters)
         x_GPD = x_BSD.reshape(a_GRD.shape[0], -1, x_BSD.shape[2])
         inner_GPR = torch.bmm(x_GPD, a_GRD.transpose(1, 2))
-        inner_GPR = inner_GPR * scale_G11.to(inner_GPR.dtype)
-        ctx.save_for_backward(x_BSD, inner_GPR, *parameters)
+        inner_GPR = (inner_GPR * scale_G11).to(inner_GPR.dtype)
+        ctx.save_for_backward(x_BSD, inner_GPR, *(parameter.data for parameter in parameters))
         ctx.groups = groups
         return torch.bmm(inner_GPR, b_GOR.transpose(1, 2)).reshape(*x_BSD.shape[:2], -1)
 
@@ -142,10 +146,11 @@ class _Stacked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_BSD, inner_GPR, *parameters = ctx.saved_tensors
         products, positions, _ = inner_GPR.shape
-        a_GRD, b_GOR, scale_G11 = (stack.to(inner_GPR.dtype) for stack in ctx.groups.stacks(parameters))
+        a_GRD, b_GOR, scale_G11 = ctx.groups.stacks(parameters)
+        a_GRD, b_GOR = a_GRD.to(inner_GPR.dtype), b_GOR.to(inner_GPR.dtype)
         x_GPD = x_BSD.reshape(products, positions, -1).to(inner_GPR.dtype)
         upper_GPO = gradients[0].reshape(products, positions, -1)
-        middle_GPR = torch.bmm(upper_GPO, b_GOR) * scale_G11
+        middle_GPR = (torch.bmm(upper_GPO, b_GOR) * scale_G11).to(inner_GPR.dtype)
         lower_BSD = (
             torch.bmm(middle_GPR, a_GRD).reshape(x_BSD.shape).to(x_BSD.dtype) if ctx.needs_input_grad[0] else None
         )
@@ -160,9 +165,9 @@ def _padded(matrix: torch.Tensor, missing: Sequence[int]) -> torch.Tensor:
 
 
 def _as_large_as(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Without the rank that it was padded to."""
+    """Without the rank that it was padded to, and in memory of its own: a tenant's gradient outlives the batch."""
     rows, columns = parameter.shape
-    return gradient[:rows, :columns].to(parameter.dtype)
+    return gradient[:rows, :columns].to(parameter.dtype, copy=True).contiguous()
 
 
 class Tenants:
@@ -209,11 +214,6 @@ class Tenants:
             b_OR = torch.zeros(narrow, lora.rank, dtype=dtype, device=device)
             layer.tenants[client] = LowRank(nn.Parameter(a_RD), nn.Parameter(b_OR), scaling_of(lora), lora.dropout)
         return dict(self._parameters(client))
-
-    def remove(self, client: int) -> None:
-        """Forget a tenant's adapter."""
-        for layer in self._layers.values():
-            layer.tenants.pop(client, None)
 
     def _parameters(self, client: int) -> Iterator[tuple[str, nn.Parameter]]:
         for name, layer in self._layers.items():

@@ -73,6 +73,11 @@ class Trainable:
             parameter.grad = None
         self._sum.add(micro_batches, gradients)
 
+    def forget(self) -> None:
+        """Drop what a backward left on the parameters."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
     def gradients(self) -> Tensors:
         """The step's summed gradients of this role."""
         return self._sum.total() if self._sum is not None and self.parameters else {}

@@ -21,6 +21,7 @@ from splitllm.recipe.loading import (
 )
 from splitllm.recipe.roles import (
     children_of,
+    client_names,
     clients_below,
     command_of,
     parent_of,
@@ -61,6 +62,7 @@ __all__ = [
     "changed_keys",
     "children_of",
     "client_cuts",
+    "client_names",
     "clients_below",
     "command_of",
     "dump_recipe",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from splitllm.recipe.roles import role_names
+from splitllm.recipe.roles import client_names, role_names
 
 if TYPE_CHECKING:
     from splitllm.recipe.schema import LoraRecipe, Recipe
@@ -16,7 +16,7 @@ Bounds = tuple[int, int]
 
 def client_cuts(recipe: Recipe) -> list[int]:
     """The cut layer of every client: the first block that it does not hold. At least two tiers."""
-    clients = next(iter(role_names(recipe).values()))
+    clients = client_names(recipe)
     return [recipe.split.client_cuts.get(name, recipe.split.cuts[0]) for name in clients]
 
 
@@ -38,7 +38,7 @@ def role_bounds(recipe: Recipe, layers: int) -> dict[str, Bounds]:
     for names, bounds in zip(role_names(recipe).values(), tier_bounds(recipe, layers), strict=True):
         found.update(dict.fromkeys(names, bounds))
     if len(recipe.split.tiers) > 1:
-        clients = next(iter(role_names(recipe).values()))
+        clients = client_names(recipe)
         found.update({name: (0, cut) for name, cut in zip(clients, client_cuts(recipe), strict=True)})
     return found
 
@@ -60,7 +60,7 @@ def sharing(recipe: Recipe, name: str) -> str:
 
 def lora_of(recipe: Recipe, client: int) -> LoraRecipe:
     """The adapter that one client has of its own."""
-    name = next(iter(role_names(recipe).values()))[client]
+    name = client_names(recipe)[client]
     other = recipe.lora.clients.get(name)
     return recipe.lora if other is None else recipe.lora.model_copy(update=other.model_dump(exclude_none=True))
 

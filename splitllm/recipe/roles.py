@@ -25,6 +25,11 @@ def role_names(recipe: Recipe) -> dict[str, list[str]]:
     return {tier: [_name(tier, count, index) for index in range(count)] for tier, count in tiers.items()}
 
 
+def client_names(recipe: Recipe) -> list[str]:
+    """The clients, by number."""
+    return next(iter(role_names(recipe).values()))
+
+
 def tier_of(recipe: Recipe, name: str) -> tuple[int, int]:
     """Which role `name` is: the number of its tier, 0 for the lowest, and its index there.
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from splitllm.errors import RecipeError
 from splitllm.model.memory import role_price, tenant_price
 from splitllm.policy.admission import MIB, Admitted, Refused, admit_all
-from splitllm.recipe import Recipe, client_cuts, clients_below, lora_of, role_names
+from splitllm.recipe import Recipe, client_cuts, client_names, clients_below, lora_of, role_names
 
 
 @dataclass(frozen=True)
@@ -137,4 +137,4 @@ def _admission(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str],
 
 def _names(recipe: Recipe) -> list[str]:
     """Of the clients."""
-    return next(iter(role_names(recipe).values()))
+    return client_names(recipe)

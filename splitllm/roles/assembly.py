@@ -26,12 +26,12 @@ from splitllm.recipe import (
     ScheduleRecipe,
     children_of,
     client_cuts,
+    client_names,
     clients_below,
     holders,
     lora_of,
     own_blocks,
     parent_of,
-    role_names,
     tier_of,
 )
 from splitllm.roles.admission import batch_sizes
@@ -323,7 +323,7 @@ def batching_of(recipe: Recipe, worker: Worker, device: Device) -> Batching:
 
 def weights_of(recipe: Recipe) -> dict[str, float]:
     """Of the tenants that have one, by client number as text."""
-    numbers = {name: number for number, name in enumerate(next(iter(role_names(recipe).values())))}
+    numbers = {name: number for number, name in enumerate(client_names(recipe))}
     return {str(numbers[name]): tenant.weight for name, tenant in recipe.server.tenants.items()}
 
 

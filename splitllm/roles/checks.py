@@ -62,6 +62,7 @@ class Allowed:
         vocabulary: token ids are below it.
         targets: whether the labels go up.
         packed: whether rows may carry position ids.
+        double: whether values may be of fp64.
         tiers: those who can exchange their states -> their adapter tensors that are trained together -> shape.
     """
 
@@ -74,6 +75,7 @@ class Allowed:
     vocabulary: int
     targets: bool
     packed: bool
+    double: bool
     tiers: Mapping[str, Mapping[str, torch.Size]]
 
     def check(self, message: Message) -> None:
@@ -92,6 +94,8 @@ class Allowed:
         else:
             last = self.steps - 1 if message.kind in ("open", "close") else self.steps
             _need(0 <= step <= last, message, f"step {step} of {self.steps}")
+        wide = [name for name, tensor in message.tensors.items() if tensor.dtype == torch.float64]
+        _need(self.double or not wide, message, f"{_short(wide)} of fp64, which the recipe has not")
         _need(message.kind in _WITH_TENSORS or not message.tensors, message, "tensors, where none are due")
         _CHECKS[message.kind](self, child, message)
 

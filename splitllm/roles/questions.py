@@ -68,10 +68,10 @@ def loss(worker: Worker, questions: Sequence[LossAsk]) -> list[tuple[torch.Tenso
     return list(zip(gradients, losses, strict=True))
 
 
-def backward(worker: Worker, answers: Sequence[Upward], *, keep: bool = False) -> list[torch.Tensor | None]:
+def backward(worker: Worker, answers: Sequence[Upward]) -> list[torch.Tensor | None]:
     """Go backward through micro-batches that ran together; of each the gradient [T, D] of its input."""
     runs, outputs = [each.run for each in answers], [each.output for each in answers]
-    return worker.backward(runs, [each.gradient for each in answers], outputs=outputs, keep=keep)
+    return worker.backward(runs, [each.gradient for each in answers], outputs=outputs)
 
 
 def labelled(run: Pass, positions_N: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,6 @@ class Worker:
         gradients: Sequence[torch.Tensor],
         *,
         outputs: Sequence[torch.Tensor] | None = None,
-        keep: bool = False,
     ) -> list[torch.Tensor | None]:
         """Run the shard's backward and put the adapters' gradients in their places in the sums.
 
@@ -116,7 +115,6 @@ class Worker:
             runs: forwards that ran together, all of them or some.
             gradients: of `outputs`.
             outputs: what the gradients are of, by default each run's `output_TD`.
-            keep: others that ran with them still wait for their gradients.
 
         Returns:
             The gradient of each input [T, D], or None where nobody asked for it.
@@ -125,8 +123,8 @@ class Worker:
         if not targets[0].requires_grad:
             return [None] * len(runs)
         self.shard.key.begin(runs[0].joined)
-        torch.autograd.backward(targets, [gradient.to(self.device) for gradient in gradients], retain_graph=keep)
-        self._collect([run.micro_batch for run in runs])
+        torch.autograd.backward(targets, [gradient.to(self.device) for gradient in gradients])
+        self._collect(runs[0].joined, [run.micro_batch for run in runs])
         return [None if run.input_TD is None else run.input_TD.grad for run in runs]
 
     def expect(self, micro_batches: Sequence[MicroBatchId]) -> None:
@@ -183,11 +181,15 @@ class Worker:
         lengths = [member.lengths for member in joined.members]
         return [unpad(part[:, : max(own)], own) for part, own in zip(parts, lengths, strict=True)]
 
-    def _collect(self, micro_batches: Sequence[MicroBatchId]) -> None:
+    def _collect(self, joined: Joined, micro_batches: Sequence[MicroBatchId]) -> None:
+        """Of a member that gets no gradient here what the graph says is 0, and is forgotten."""
         self.trainable.collect(micro_batches)
-        for client, trainable in self.own.items():
-            if of_client := [each for each in micro_batches if each.client == client]:
-                trainable.collect(of_client)
+        for client in {member.micro_batch.client for member in joined.members} & self.own.keys():
+            of_client = [each for each in micro_batches if each.client == client]
+            if of_client:
+                self.own[client].collect(of_client)
+            else:
+                self.own[client].forget()
 
     def _mode(self, train: bool) -> None:
         if self.shard.training != train:

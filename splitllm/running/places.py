@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from splitllm.recipe import Recipe, role_names
+from splitllm.recipe import Recipe, client_names
 
 ADAPTER = "adapter"
 
@@ -13,7 +13,7 @@ def adapter_folders(recipe: Recipe, directory: Path) -> list[Path]:
     """Where the adapters lie below a run's folder: one, or one of each client."""
     if recipe.lora.adapters == "shared":
         return [directory / ADAPTER]
-    return [directory / ADAPTER / client for client in next(iter(role_names(recipe).values()))]
+    return [directory / ADAPTER / client for client in client_names(recipe)]
 
 
 def where_next(recipe: Recipe, directory: Path, base: str) -> list[str]:

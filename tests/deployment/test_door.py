@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from splitllm.deployment import client as client_module
 from splitllm.deployment import server as server_module
+from splitllm.deployment.bounds import limits
 from splitllm.deployment.station import Options, Station, open_station
 from splitllm.errors import SplitLLMError
 from splitllm.metrics import read_records
@@ -95,6 +96,7 @@ async def deployed(recipe: Recipe, folder: Path, tamper: Tamper) -> Any:
     for name in [name for tier in reversed(role_names(recipe).values()) for name in tier]:
         client = tier_of(recipe, name)[1] if tier_of(recipe, name)[0] == 0 else None
         station = open_station(recipe, Options(name, folder / name), client=client)
+        limits(station.plan)  # builds a model without weights, which must not meet another that is being loaded
         if name == BAD:
             _tamper_with(station, tamper)
         serve = server_module._serve if client is None else client_module._attend
@@ -283,6 +285,9 @@ def test_a_run_whose_tenant_has_diverged_comes_to_its_end_without_it(path: Path,
     run(test, 60)
     assert set(adapters(tmp_path)) == set(OTHERS)
     summary = json.loads((tmp_path / "cloud" / "summary.json").read_text())
+    held = summary["held_mib"]
+    assert held["edge"]["adapter and optimiser"] > held["client-0"]["adapter and optimiser"]
+    assert held["edge"]["activations of a batch"] > 0 and held["cloud"]["activations of a batch"] > 0
     tokens = {"client-0": 0, "client-1": 0, "client-2": 0}
     for record in read_records(tmp_path / "cloud" / "metrics.jsonl"):
         if record["event"] == "train":

@@ -158,3 +158,27 @@ def test_an_address_in_use_is_named() -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(OSError, match=re.escape(f"--metrics {address}")):
             Observer(1).serve(address, nobody())
+
+
+def test_of_clients_at_their_own_pace_the_one_furthest_behind_counts() -> None:
+    observer = Observer(1, lanes=[0, 1])
+    watched = observer.watched(reception())
+
+    def step() -> float | None:
+        return observer.registry.get_sample_value("splitllm_step")
+
+    async def asked(client: int, step: int) -> None:
+        for kind in ("open", "close"):
+            await watched.answer(Message(kind, "edge", (step, client, 0), {}, {}, 1))  # type: ignore[arg-type]
+
+    async def run() -> None:
+        for number in range(3):
+            await asked(0, number)
+        assert step() == 0
+        await asked(1, 0)
+        assert step() == 1
+        await asked(1, 1)
+        assert step() == 2
+
+    asyncio.run(run())
+    assert observer.registry.get_sample_value("splitllm_step_seconds_count") == 5

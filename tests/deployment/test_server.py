@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from splitllm.deployment.client import _attend
-from splitllm.deployment.server import _say_what_is_left_out, _serve
+from splitllm.deployment.door import _say_what_is_left_out
+from splitllm.deployment.server import _serve
 from splitllm.deployment.station import Options, open_station
 from splitllm.errors import RecipeError, RunInterrupted
 from splitllm.recipe import load_recipe

@@ -114,3 +114,24 @@ def test_only_blocks_that_are_tenants_own_are_replaced() -> None:
 
 def test_widths_of_gpt2s_transposed_layers() -> None:
     assert widths(nn.Linear(IN, OUT)) == widths(Conv1D(OUT, IN)) == (IN, OUT)
+
+
+def test_one_who_is_lost_and_steps_meanwhile_changes_nobody_elses_gradient() -> None:
+    module = layer([2, 3])
+    x_BSD, mine = batch(module, [(0, 1), (1, 1)]).requires_grad_(), module.tenants[1]
+    expected = torch.autograd.grad(module(x_BSD)[1].square().sum(), [x_BSD, mine.a_RD, mine.b_OR])
+    out_BSO = module(x_BSD)
+    with torch.no_grad():
+        module.tenants[0].a_RD.add_(1.0)
+        module.tenants[0].b_OR.mul_(2.0)
+    found = torch.autograd.grad(out_BSO[1].square().sum(), [x_BSD, mine.a_RD, mine.b_OR])
+    assert all(torch.equal(got, known) for got, known in zip(found, expected, strict=True))
+
+
+def test_a_tenants_gradient_holds_no_memory_of_its_batch_mates() -> None:
+    module = layer([2, 2, 2, 2])
+    module(batch(module, [(client, 1) for client in range(4)])).sum().backward()
+    for own in module.tenants.values():
+        assert own.a_RD.grad is not None and own.b_OR.grad is not None
+        assert own.a_RD.grad.untyped_storage().nbytes() == own.a_RD.nbytes
+        assert own.b_OR.grad.untyped_storage().nbytes() == own.b_OR.nbytes

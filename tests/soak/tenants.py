@@ -3,10 +3,10 @@
     python -m tests.soak.tenants CONFIG.json
 
 Between an answer and the next request a client takes its time, as if it computed: a third before its forward, the rest
-between that and the close of the step. How much time is found first, when one of them alone goes as fast as it can: all
-together ask for `load` of what the server can do one at a time. In some phases the slowest stand still. A line of JSON
-on standard output tells the beginning and the end of what is measured of every phase, and the last line all that was
-seen.
+between that and the close of the step. How much time is found first, when all of them go as fast as they can, which
+shows what the server is able to do: in a phase of `load` 0.8 all together ask for 0.8 of that. In some phases the
+slowest stand still. A line of JSON on standard output tells the beginning and the end of what is measured of every
+phase, and the last line all that was seen.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from statistics import median
 from typing import Any
 
 from tests.soak.load import Client, Load
 
 BEFORE_FORWARD = 1 / 3
 SPREAD = 0.1
-ALONE = 8  # steps of the one that goes as fast as it can
+FULL = 6.0  # seconds in which all go as fast as they can
 
 
 @dataclass
@@ -36,8 +35,8 @@ class Tenants(Load):
 
     Attributes:
         phase: whose measurement is under way, None between two.
-        think: client -> seconds between an answer and its next request, once it is known.
-        here: set when everybody is connected; begun: set when everybody may begin.
+        think: client -> seconds between an answer and its next request; none while all go as fast as they can.
+        here: set when everybody is connected.
         waits: client -> (phase, seconds from a forward's departure to its answer), those of no phase left out.
         going: set while the slowest take part.
         over: set when nobody opens a step any more, and nobody takes time any more.
@@ -46,7 +45,6 @@ class Tenants(Load):
     phase: int | None = None
     think: dict[str, float] = field(default_factory=dict)
     here: asyncio.Event = field(default_factory=asyncio.Event)
-    begun: asyncio.Event = field(default_factory=asyncio.Event)
     waits: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
     going: asyncio.Event = field(default_factory=asyncio.Event)
     over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -55,12 +53,11 @@ class Tenants(Load):
         """Everybody is at a step of its own."""
         return not self.over.is_set()
 
-    def begin(self, alone: float) -> None:
-        """A step takes so many seconds if nobody else is there."""
+    def ask_for(self, load: float, able: float) -> None:
+        """So much of the steps a second that the server is able to do."""
         speeds: dict[str, float] = self.config["speeds"]
-        unit = alone * sum(speeds.values()) / self.config["load"]
+        unit = sum(speeds.values()) / (load * able)
         self.think = {name: unit / speed for name, speed in speeds.items()}
-        self.begun.set()
 
     async def pass_time(self, seconds: float) -> None:
         """Unless it is over."""
@@ -75,32 +72,19 @@ class Tenant(Client):
     def __init__(self, load: Tenants, name: str) -> None:
         super().__init__(load, name)
         self._tenants, self._alike, self._random = load, name, Random(name)
-        self._think = 0.0
-        self._seconds = list[float]()
+        self._at_pace = False
         self._stands_still = name in load.config["stragglers"]
         self._variants = sum(name.startswith("forward-") for name in self._recorded)
 
     async def _step(self, step: int) -> None:
-        if not self._tenants.begun.is_set():
-            await self._tenants.here.wait()
-            if self.name == self._tenants.config["clients"][0]:
-                await self._alone(step)
-                return
-            await self._tenants.begun.wait()
-        if not self._think:
-            self._think = self._tenants.think[self.name]
-            await self._tenants.pass_time(self._random.random() * self._think)
+        await self._tenants.here.wait()
+        if self.name in self._tenants.think and not self._at_pace:
+            self._at_pace = True
+            await self._take_time(self._random.random())  # not all at once
         if self._stands_still and not self._tenants.going.is_set():
             await self._tenants.going.wait()
-            await self._tenants.pass_time(self._random.random() * self._think)  # not all at once
+            await self._take_time(self._random.random())
         await self._at_its_pace(step)
-
-    async def _alone(self, step: int) -> None:
-        started = time.monotonic()
-        await self._at_its_pace(step)
-        self._seconds.append(time.monotonic() - started)
-        if len(self._seconds) == ALONE:
-            self._tenants.begin(median(self._seconds))
 
     async def _at_its_pace(self, step: int) -> None:
         variant, place = step % self._variants, self._place(step)
@@ -114,7 +98,10 @@ class Tenant(Client):
         await self._ask(f"close-{variant}", place)
 
     async def _compute(self, share: float) -> None:
-        await self._tenants.pass_time(share * self._think * self._random.uniform(1 - SPREAD, 1 + SPREAD))
+        await self._take_time(share * self._random.uniform(1 - SPREAD, 1 + SPREAD))
+
+    async def _take_time(self, share: float) -> None:
+        await self._tenants.pass_time(share * self._tenants.think.get(self.name, 0.0))
 
 
 def tell(**what: Any) -> None:
@@ -132,21 +119,25 @@ async def run(config: dict[str, Any]) -> None:
         if attending.done():
             attending.result()
     load.here.set()
-    await load.begun.wait()
-    for number, (everybody, seconds) in enumerate(config["phases"]):
+    await asyncio.sleep(config["settle"])
+    done = sum(load.steps.values())
+    await asyncio.sleep(FULL)
+    able = (sum(load.steps.values()) - done) / FULL
+    for number, (share, everybody, seconds) in enumerate(config["phases"]):
+        load.ask_for(share, able)
         (load.going.set if everybody else load.going.clear)()
         await asyncio.sleep(config["settle"])
-        tell(begins=number, sent=load.sent, answered=load.answered)
+        tell(begins=number, think=load.think)
         load.phase, started = number, time.monotonic()
         await asyncio.wait({attending}, timeout=seconds)
         load.phase = None
-        tell(ends=number, seconds=time.monotonic() - started, sent=load.sent, answered=load.answered)
+        tell(ends=number, seconds=time.monotonic() - started)
         if attending.done():
             attending.result()
     load.over.set()
     load.going.set()
     await attending
-    tell(waits=load.waits, think=load.think, **load.told())
+    tell(waits=load.waits, able=able, **load.told())
     await asyncio.to_thread(sys.stdin.read)
     for client in clients:
         await client.close()

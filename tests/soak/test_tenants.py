@@ -52,15 +52,14 @@ class Setting:
 
     Attributes:
         clients: how many.
-        load: what all ask for, of what the server does in the same time one request after another.
-        phases: whether the stragglers take part, and seconds; one after another.
+        phases: one after another: what all would ask for, of what the server is able to do; whether the stragglers
+            take part; seconds.
         settle: seconds before each that are not measured.
         base: blocks and width of the model, rows of a micro-batch.
     """
 
     clients: int
-    load: float
-    phases: tuple[tuple[bool, float], ...]
+    phases: tuple[tuple[float, bool, float], ...]
     settle: float
     base: tuple[int, int] = (8, 256)
     rows: int = 8
@@ -164,18 +163,19 @@ class Phase:
     """What was seen of one.
 
     Attributes:
+        load: what all would ask for, of what the server is able to do.
         everybody: whether the stragglers took part.
         seconds: that it took.
+        think: client -> seconds between answer and request.
         before, after: what the server told at its ends.
-        sent, answered: requests of all by kind, at its ends.
     """
 
+    load: float
     everybody: bool
     seconds: float
+    think: dict[str, float]
     before: dict[str, dict[str, float]]
     after: dict[str, dict[str, float]]
-    sent: tuple[dict[str, int], dict[str, int]]
-    answered: tuple[dict[str, int], dict[str, int]]
 
     def grown(self, name: str, label: str = "") -> float:
         """By how much a counter of the server grew."""
@@ -201,7 +201,7 @@ class Outcome:
 
     Attributes:
         phases: in their order.
-        think: client -> seconds between answer and request, the fastest first.
+        names: of the clients, the fastest first.
         stragglers: the slowest.
         waits: client -> (phase, seconds from a forward's departure to its answer).
         told: by the clients at the end.
@@ -209,7 +209,7 @@ class Outcome:
     """
 
     phases: list[Phase]
-    think: dict[str, float]
+    names: tuple[str, ...]
     stragglers: frozenset[str]
     waits: dict[str, list[tuple[int, float]]]
     told: dict[str, Any]
@@ -218,7 +218,7 @@ class Outcome:
     @property
     def bound(self) -> float:
         """Of the policy for activations: every client has at most one request under way, and gradients never wait."""
-        return STARVE + len(self.think) * self.last["splitllm_batch_longest_seconds"][""]
+        return STARVE + len(self.names) * self.last["splitllm_batch_longest_seconds"][""]
 
     @property
     def longest(self) -> float:
@@ -230,9 +230,10 @@ class Outcome:
         return sum(number == phase for name in names for number, _ in self.waits[name])
 
     def rate(self, *, everybody: bool) -> list[float]:
-        """Steps a second of those who are no stragglers, in each phase of a kind."""
-        others, phases = self.think.keys() - self.stragglers, enumerate(self.phases)
-        return [self.steps(others, n) / phase.seconds for n, phase in phases if phase.everybody == everybody]
+        """Steps a second of those who are no stragglers, in each phase of a kind in which there is time for all."""
+        others, phases = set(self.names) - self.stragglers, enumerate(self.phases)
+        found = [(n, phase) for n, phase in phases if phase.everybody == everybody and phase.load < 1]
+        return [self.steps(others, n) / phase.seconds for n, phase in found]
 
     @property
     def kept(self) -> list[float]:
@@ -254,7 +255,6 @@ async def measure(setting: Setting, roles: Roles, recordings: Path) -> Outcome:
         "recorded": str(recordings),
         "clients": names,
         "speeds": speeds,
-        "load": setting.load,
         "stragglers": stragglers,
         "hello": {"recipe": fingerprint(roles.recipe), "model": Checkpoint(roles.recipe.model.base).digest()},
         "batch_size": roles.recipe.train.batch_size,
@@ -275,12 +275,11 @@ async def measure(setting: Setting, roles: Roles, recordings: Path) -> Outcome:
             if "begins" in said:
                 begun = said | {"seen": seen}
             elif "ends" in said:
-                sent, answered = ((begun[key], said[key]) for key in ("sent", "answered"))
-                everybody = setting.phases[said["ends"]][0]
-                phases.append(Phase(everybody, said["seconds"], begun["seen"], seen, sent, answered))
+                share, everybody, _ = setting.phases[said["ends"]]
+                phases.append(Phase(share, everybody, said["seconds"], begun["think"], begun["seen"], seen))
             else:
                 waits = {name: [tuple(wait) for wait in said["waits"].get(name, [])] for name in names}
-                return Outcome(phases, said["think"], frozenset(stragglers), waits, said, seen)
+                return Outcome(phases, tuple(names), frozenset(stragglers), waits, said, seen)
         raise AssertionError(f"the load ended before its time\n{roles.tails()}")
     finally:
         load.kill()
@@ -290,15 +289,15 @@ async def measure(setting: Setting, roles: Roles, recordings: Path) -> Outcome:
 def shown(outcome: Outcome) -> str:
     """The figures, as tables."""
     lines = [
-        "| phase | steps/s of the others | device busy while work waits | busy of all | computing batches | batches "
+        "| load | clients | steps/s of the others | device busy while work waits | busy of all | computing | batches "
         "| micro-batches each |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
         *(_phase_line(outcome, number) for number in range(len(outcome.phases))),
         "",
         "| client | thinks, s | steps | answer, s: median | longest | waited for the device, s: mean | longest |",
         "|---|---|---|---|---|---|---|",
     ]
-    names = list(outcome.think)
+    names = outcome.names
     lines += [_client_line(outcome, names[round(place * (len(names) - 1) / 7)]) for place in range(8)]
     longest = outcome.last["splitllm_batch_longest_seconds"][""]
     lines += [
@@ -310,11 +309,12 @@ def shown(outcome: Outcome) -> str:
 
 
 def _phase_line(outcome: Outcome, number: int) -> str:
-    phase, others = outcome.phases[number], outcome.think.keys() - outcome.stragglers
+    phase, others = outcome.phases[number], set(outcome.names) - outcome.stragglers
     spent, batches = phase.spent, phase.grown("splitllm_batches_total")
     busy = sum(seconds for label, seconds in spent.items() if label.startswith("busy"))
-    computing = sum(phase.grown("splitllm_tenant_device_seconds_total", name) for name in outcome.think)
+    computing = sum(phase.grown("splitllm_tenant_device_seconds_total", name) for name in outcome.names)
     cells = [
+        f"{phase.load:g}",
         "all" if phase.everybody else "without the slowest",
         f"{outcome.steps(others, number) / phase.seconds:.2f}",
         f"{phase.busy:.1%}",
@@ -329,7 +329,12 @@ def _phase_line(outcome: Outcome, number: int) -> str:
 def _client_line(outcome: Outcome, name: str) -> str:
     answers, steps = [seconds for _, seconds in outcome.waits[name]] or [0.0], outcome.told["steps"][name]
     waited, longest = (outcome.last[f"splitllm_tenant_{what}"][name] for what in ("wait_seconds_total", LONGEST))
-    cells = [f"{outcome.think[name]:.2f}", f"{steps}", f"{statistics.median(answers):.2f}", f"{max(answers):.2f}"]
+    cells = [
+        f"{outcome.phases[-1].think[name]:.2f}",
+        f"{steps}",
+        f"{statistics.median(answers):.2f}",
+        f"{max(answers):.2f}",
+    ]
     return f"| {' | '.join([name, *cells, f'{waited / max(1, steps):.2f}', f'{longest:.2f}'])} |"
 
 
