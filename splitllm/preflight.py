@@ -22,7 +22,14 @@ from splitllm.model.loading import Checkpoint, load_config, quiet_transformers
 from splitllm.model.lora import adapter_shapes, block_of, matched_modules
 from splitllm.model.naming import in_text_model
 from splitllm.model.proof import admit
-from splitllm.recipe import LoraRecipe, Recipe, role_bounds, tier_bounds, what_leaves_the_device
+from splitllm.recipe import (
+    LoraRecipe,
+    Recipe,
+    client_names,
+    role_bounds,
+    tier_bounds,
+    what_leaves_the_device,
+)
 from splitllm.roles.admission import Admission, admissions, lines_of
 from splitllm.roles.admission import problems as admission_problems
 
@@ -164,7 +171,9 @@ def describe(plan: Plan) -> list[str]:
     return [
         f"model: {recipe.model.base} ({plan.config.model_type}, {plan.config.num_hidden_layers} blocks)",
         *tiers,
-        f"LoRA: rank {recipe.lora.rank} on {len(plan.modules)} modules",
+        *_client_lines(plan),
+        f"LoRA: rank {recipe.lora.rank} on {len(plan.modules)} modules, adapters: {recipe.lora.adapters}",
+        f"server.batching: {recipe.server.batching}",
         *lines_of(recipe, plan.admissions),
         "data:",
         *shares,
@@ -172,6 +181,20 @@ def describe(plan: Plan) -> list[str]:
         f"leaves the device: {what_leaves_the_device(recipe)}",
         "the recipe is valid",
     ]
+
+
+def _client_lines(plan: Plan) -> list[str]:
+    """Of every client what is not as for all: its blocks, and its own adapter."""
+    recipe, lines = plan.recipe, []
+    for name in client_names(recipe):
+        own = recipe.lora.clients.get(name)
+        said = [f"{key} {value}" for key, value in (own.model_dump(exclude_none=True) if own else {}).items()]
+        if name in recipe.split.client_cuts:
+            start, stop = plan.role_bounds[name]
+            said.insert(0, f"blocks {start}..{stop - 1}")
+        if said:
+            lines.append(f"  {name}: {', '.join(said)}")
+    return lines
 
 
 def model_config(recipe: Recipe) -> PreTrainedConfig:

@@ -67,7 +67,7 @@ def test_validate_says_what_will_happen_and_what_leaves_the_device(folder: Path)
         "  edge x1: blocks 1..2 (trains)",
         "  cloud x1: blocks 3..3 (trains)",
     ]
-    assert "LoRA: rank 4 on 4 modules" in lines
+    assert "LoRA: rank 4 on 4 modules, adapters: shared" in lines
     (leaves,) = [line for line in lines if line.startswith("leaves the device: ")]
     assert "activations at the cut (block 1)" in leaves and "token ids stay" in leaves
     assert lines[-1] == "the recipe is valid"

@@ -10,6 +10,7 @@ from typing import Any
 
 from splitllm.deployment.record import memory_of
 from splitllm.deployment.station import Station
+from splitllm.errors import DivergedError
 from splitllm.metrics import Metrics, replace_text
 from splitllm.model.lora import adapter_shapes
 from splitllm.model.trainable import Tensors
@@ -133,8 +134,14 @@ class LaneRecord:
         logger.info("step", extra={"fields": fields})
 
     def evaluated(self, step: int, losses: Mapping[int, Sequence[Any]]) -> None:
-        """The client has told its loss over its held-out rows."""
+        """The client has told its loss over its held-out rows.
+
+        Raises:
+            DivergedError: it is not finite.
+        """
         ((loss, labels, tokens),) = losses.values()
+        if loss is None:
+            raise DivergedError(f"{self.name}, step {step}: the evaluation loss is not finite; lower the learning rate")
         mean = loss / labels if labels else 0.0
         self.evaluations[step] = mean, labels
         self.board.metrics.log("eval", client=self.name, step=step, loss=mean, labels=int(labels), tokens=int(tokens))

@@ -70,9 +70,7 @@ class Record:
         Raises:
             DivergedError: its loss is not finite.
         """
-        together = self._station.recipe.lora.adapters != "per_client"
-        if together and any(told[0] is None for told in sums.losses.values()):
-            raise DivergedError(f"step {step + 1}: the loss is not finite; lower the learning rate")
+        self._check(sums.losses, f"step {step + 1}: the loss")
         loss, labels, tokens = _added(sums.losses)
         seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
         up = sum(crossed[0] for crossed in sums.crossed.values())
@@ -94,7 +92,12 @@ class Record:
         logger.info("step", extra={"fields": {**fields, "clients": len(sums.losses)}})
 
     def evaluated(self, step: int, losses: Mapping[int, Any]) -> None:
-        """Every client has told its loss over its held-out rows."""
+        """Every client has told its loss over its held-out rows.
+
+        Raises:
+            DivergedError: a loss is not finite, of clients that train together.
+        """
+        self._check(losses, f"step {step}: the evaluation loss")
         loss, labels, tokens = _added(losses)
         mean = loss / labels if labels else 0.0
         if step == 0:
@@ -104,6 +107,14 @@ class Record:
         self._metrics.log("eval", step=step, loss=mean, tokens=int(tokens))
         logger.info("evaluation", extra={"fields": {"step": step, "loss": mean}})
         self._since = time.perf_counter()
+
+    def _check(self, losses: Mapping[int, Any], what: str) -> None:
+        """Where each client has its own adapter, one whose loss is not finite is only named."""
+        spoiled = sorted(client for client, told in losses.items() if told[0] is None)
+        if spoiled and self._station.recipe.lora.adapters != "per_client":
+            raise DivergedError(f"{what} is not finite; lower the learning rate")
+        if spoiled:
+            logger.warning("not finite", extra={"fields": {"what": what, "clients": spoiled}})
 
     def finish(self, words: Mapping[str, Any], adapter: Tensors) -> None:
         """Every role has come to the end: write the adapter and the summary, unless that was done already."""

@@ -101,14 +101,10 @@ class Trainable:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    @property
-    def in_step(self) -> bool:
-        """Whether a step is open."""
-        return self._sum is not None
-
     def move(self, device: torch.device) -> None:
-        """Take parameters and optimiser to another device; between steps only."""
-        assert not self.in_step
+        """Take parameters and optimiser to another device; what a step under way has summed up is forgotten."""
+        self._sum = None
+        self.forget()
         for parameter in self.parameters.values():
             parameter.data = parameter.data.to(device)
             slots = self._optimizer.state.get(parameter, {}) if self._optimizer is not None else {}

@@ -183,7 +183,7 @@ class ServerRecipe(Section):
     tokens: Count = 4096
     wait: NotNegative = 0.0
     starve: Positive = 10.0
-    gradient_wait: NotNegative = 0.5
+    gradient_wait: NotNegative = 0.1
     park_after: Positive | None = None
     memory_mib: Count | None = None
     quota: QuotaRecipe = Field(default_factory=QuotaRecipe)
@@ -238,7 +238,7 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     if recipe.server.batching == "continuous" and recipe.lora.adapters != "per_client":
         why = "lets clients go at their own pace, which needs lora.adapters: per_client"
-        advice = f"not {recipe.lora.adapters}, where they step together; use synchronous"
+        advice = f"not {recipe.lora.adapters}, where they step together; use per_client, or batching: synchronous"
         yield ("server.batching", "lora.adapters"), f"server.batching: continuous {why}, {advice}"
     if recipe.wire.absent == "drop" and (recipe.split.client_cuts or recipe.lora.adapters != "shared"):
         keys3 = ("wire.absent", "split.client_cuts", "lora.adapters")
@@ -279,7 +279,8 @@ def _client_cut_misfits(split: SplitRecipe, lora: LoraRecipe) -> Iterator[tuple[
         elif find_role(clients, name) is None:
             yield keys, f"{place}: {name!r} is not a client of split.tiers; use some of {known_roles(clients)}"
         elif above is not None and cut >= above:
-            yield keys, f"{place}: {cut} leaves nothing to the tier above, which ends before block {above}; use less"
+            why = f"leaves nothing to the tier above, which ends before block {above}"
+            yield keys, f"{place}: {cut} {why}; use 1 to {above - 1}"
     yield from _client_lora_misfits(clients, lora)
     keys = ("split.client_cuts", "lora.tiers")
     if split.client_cuts and lora.tiers is not None:
@@ -305,7 +306,7 @@ def _client_lora_misfits(clients: dict[str, int], lora: LoraRecipe) -> Iterator[
             keys = ("lora.clients", "lora.adapters")
             yield (
                 keys,
-                f"{place}: needs lora.adapters: per_client, not {lora.adapters}, where clients train one adapter",
+                f"{place}: needs lora.adapters: per_client, not {lora.adapters}; use that, or lora.clients: {{}}",
             )
         elif lora.start_from is not None and own.rank not in (None, lora.rank):
             keys = ("lora.clients", "lora.start_from", "lora.rank")

@@ -189,6 +189,8 @@ def _close(_allowed: Allowed, child: Child, message: Message) -> None:
     for name, shape in child.summed.items():
         _floats(message, name, shape)
     _losses(child, message)
+    due = {client for client in message.header["losses"] if int(client) in child.own}
+    _need(set(own) == due, message, f"norms of clients {sorted(own)}, where {sorted(due)} are due")
     crossed = _mapping(message, "bytes")
     _need(set(crossed) <= set(child.roles), message, "bytes of roles that are not below it")
     pairs = all(isinstance(p, list) and len(p) == 2 and all(_whole(n, 0, 1 << 53) for n in p) for p in crossed.values())

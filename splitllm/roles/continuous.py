@@ -52,6 +52,7 @@ class Graph:
         bytes: that it holds.
         here: gradients that have come.
         due: whether it stands in line for the device.
+        timer: until it goes backward without those that are missing.
     """
 
     joined: Joined
@@ -59,6 +60,7 @@ class Graph:
     bytes: int
     here: dict[MicroBatchId, Waiting[Upward]] = field(default_factory=dict)
     due: bool = False
+    timer: asyncio.TimerHandle | None = None
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,11 @@ class Again:
 
     Attributes:
         ask: what goes forward again.
-        gradient_TD: of its output.
+        upward: what came, for its first run.
     """
 
     ask: Ask
-    gradient_TD: torch.Tensor
+    upward: Upward
 
 
 class Continuous:
@@ -143,8 +145,8 @@ class Continuous:
         del graph.missing[waiting.micro_batch]
         graph.here[waiting.micro_batch] = waiting
         self._look(graph)
-        if graph.missing and not graph.due:
-            asyncio.get_running_loop().call_later(self.patience, self._overdue, graph, waiting)
+        if graph.missing and graph.timer is None:
+            graph.timer = asyncio.get_running_loop().call_later(self.patience, self._overdue, graph)
         gradient: torch.Tensor | None = await waiting.answer
         return gradient
 
@@ -167,12 +169,14 @@ class Continuous:
         else:
             self._let_go(graph)
 
-    def _overdue(self, graph: Graph, waiting: Waiting[Upward]) -> None:
-        if not graph.due and not waiting.answer.done():
+    def _overdue(self, graph: Graph) -> None:
+        if not graph.due and graph.here:
             self._stand_in_line(graph)
 
     def _stand_in_line(self, graph: Graph) -> None:
         self.runner.device.occupancy.waits()
+        if graph.timer is not None:
+            graph.timer.cancel()
         graph.due = True
         self._due.append(graph)
         self._wake()
@@ -204,7 +208,7 @@ class Continuous:
 
     async def _go_again(self, late: Late, upward: Upward) -> torch.Tensor | None:
         """The gradient of the input of one that is late."""
-        waiting = Waiting(rows_of(late.run), Again(late.ask, _of_output(upward)))
+        waiting = Waiting(rows_of(late.run), Again(late.ask, upward))
         number = next(self._numbers)
         self._again[number] = waiting
         self.runner.device.occupancy.waits()
@@ -265,6 +269,17 @@ class Continuous:
         self._changed.set()
         if self._working is None or self._working.done():
             self._working = asyncio.create_task(self._work())
+            self._working.add_done_callback(self._worked)
+
+    def _worked(self, task: asyncio.Task[None]) -> None:
+        """Should this code be wrong, nobody waits for ever."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        waiting = [ready.waiting for ready in self._ready.values()]
+        waiting += [each for graph in self._due for each in graph.here.values()]
+        for each in (*waiting, *self._again.values()):
+            if not each.answer.done():
+                each.answer.set_exception(error)
 
     async def _work(self) -> None:
         while self._due or self._again or self._ready:
@@ -301,7 +316,7 @@ class Continuous:
 def forward_and_backward(worker: Worker, asks: Sequence[Again]) -> list[torch.Tensor | None]:
     """Of each the gradient [T, D] of its input."""
     runs = worker.forward([each.ask for each in asks])
-    return worker.backward(runs, [each.gradient_TD for each in asks])
+    return worker.backward(runs, [_of_output(each.upward) for each in asks])
 
 
 def _of_output(upward: Upward) -> torch.Tensor:

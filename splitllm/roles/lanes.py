@@ -16,11 +16,10 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
-import torch
-
 from splitllm.errors import CheckpointError, DivergedError, PeerError, RejoinError, SplitLLMError
 from splitllm.roles.checks import LONGEST_WORDS
 from splitllm.roles.gate import Gate
+from splitllm.roles.parking import Parking
 from splitllm.roles.runner import Batching
 from splitllm.wire.message import Message
 
@@ -69,12 +68,8 @@ class Lanes:
         park_after: float | None = None,
         over: Callable[[int], None] = lambda client: None,
     ) -> None:
-        self.gates, self.batching, self.park_after, self._tell_of = dict(gates), batching, park_after, over
-        self._asked = dict.fromkeys(gates, _now())
-        self._under_way = dict.fromkeys(gates, 0)
-        self._parked: set[int] = set()
-        self._jobs: set[asyncio.Task[None]] = set()
-        self._look_later()
+        self.gates, self.batching, self._tell_of = dict(gates), batching, over
+        self._parking = Parking(self.gates, park_after)
         self._lanes = Counter(child for gate in gates.values() for child in gate.children)
         self.children = list(self._lanes)
         self._telling: set[asyncio.Task[None]] = set()
@@ -91,13 +86,12 @@ class Lanes:
             DivergedError: that lane's values are not finite: it ends, and no other.
         """
         gate, client = self._gate(message), message.micro_batch[1]
-        self._under_way[client] += 1
         try:
-            if client in self._parked:
-                await self._bring_back(client)
-            if self._carries_others(message.sender):
-                gate.check(message)
-            return await gate.handle(message)
+            with self._parking.busy(client):
+                await self._parking.bring_back(client)
+                if self._carries_others(message.sender):
+                    gate.check(message)
+                return await gate.handle(message)
         except DivergedError as error:
             self._over(message, gate, error)
             raise
@@ -107,9 +101,6 @@ class Lanes:
             if isinstance(error, RejoinError) or not self._carries_others(message.sender):
                 raise
             raise self._in_lane(message, error) from error
-        finally:
-            self._under_way[client] -= 1
-            self._asked[client] = _now()
 
     def check(self, message: Message) -> None:
         """Look at a request, by what the recipe allows in its lane; that of a child with other lanes only later.
@@ -136,34 +127,6 @@ class Lanes:
     def missing(self, seconds: float) -> list[str]:
         """Children that have been away for so many seconds, and are waited for without end."""
         return sorted({child for gate in self.gates.values() for child in gate.missing(seconds)})
-
-    # Whoever asks nothing for long gives way on the device.
-
-    def _look_later(self) -> None:
-        if self.park_after is not None:
-            asyncio.get_running_loop().call_later(self.park_after / 4, self._look)
-
-    def _look(self) -> None:
-        for client, since in self._asked.items():
-            idle = not self._under_way[client] and _now() - since >= (self.park_after or 0)
-            if idle and client not in self._parked:
-                self._parked.add(client)
-                self._jobs.add(job := asyncio.create_task(self._move(client, torch.device("cpu"))))
-                job.add_done_callback(self._jobs.discard)
-        self._look_later()
-
-    async def _bring_back(self, client: int) -> None:
-        self._parked.discard(client)
-        worker = self.gates[client].server.worker
-        assert worker is not None
-        await self._move(client, worker.device)
-
-    async def _move(self, client: int, device: torch.device) -> None:
-        """Both ways urgent, so that they come in order; in the middle of a step nothing is moved."""
-        server = self.gates[client].server
-        assert server.worker is not None
-        mine = server.worker.own[client]
-        await server.device.run(lambda: None if mine.in_step else mine.move(device), urgent=True)
 
     def _gate(self, message: Message) -> Gate:
         gate = self.gates.get(message.micro_batch[1])
@@ -197,10 +160,6 @@ class Lanes:
         for gate in self.gates.values():
             if child in gate.children:
                 tell(gate)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 async def _tell_above(gate: Gate, client: int, error: DivergedError) -> None:

@@ -206,7 +206,7 @@ MATTERS = {
     "forged NaN gradients": ("client", forged("backward", "gradient_ND"), "disconnected"),
     "overflowing activations": ("client", values("forward", "hidden_TD", OVERFLOWING), "has diverged"),
     "silent between forward and backward": ("client", silent("backward", step=1), None),
-    "no norms": ("cloud", without_norms, "cannot go on"),
+    "no norms": ("cloud", without_norms, "norms of clients"),
 }
 AS_WELL = {
     "NaN activations": ("cloud", values("forward", "hidden_TD", math.nan), "has diverged"),

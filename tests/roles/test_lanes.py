@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,11 @@ def tree() -> Tree:
     return Tree(wanted("gpt2", [2, 4], "cloud", 4, "float64", **SETTINGS), corpus(4))
 
 
+def evaluated(step: int, losses: Mapping[int, Any]) -> None:
+    if any(told[0] is None for told in losses.values()):
+        raise DivergedError(f"step {step}: not finite")
+
+
 def lanes_of(tree: Tree, name: str, over: list[int], uplink: Above | None = None) -> Lanes:
     worker = tree.pasts[name].worker
     batching = batching_of(tree.recipe, worker, Inline())
@@ -68,7 +74,7 @@ def lanes_of(tree: Tree, name: str, over: list[int], uplink: Above | None = None
             batching=batching,
             schedule=tree.schedule,
         )
-        summit = Summit(lambda step: False, lambda step, losses: None, lambda words, adapter: None, 1)
+        summit = Summit(lambda step: False, evaluated, lambda words, adapter: None, 1)
         limits = allowed(tree.plan, name, client)
         gates[client] = Gate(server, past, limits, summit=summit if top is not None else None, lane=client)
     return Lanes(gates, batching, None, over.append)
@@ -137,7 +143,8 @@ def test_of_a_child_with_several_lanes_what_is_wrong_is_an_error_in_one_of_them(
         wrong = said("open", 0, labels={"1": [3]})
         lanes.check(wrong)
         assert "client '1', which is not below it" in await raises(lanes.handle(wrong), LaneError)
-        closing = replace(said("close", 0, norms={}, own={}, losses={"0": [1.0, 1, 1]}, bytes={}), generation=first)
+        own = {"0": [1.0] * lanes.gates[0].allowed.children["edge-0"].own[0]}
+        closing = replace(said("close", 0, norms={}, own=own, losses={"0": [1.0, 1, 1]}, bytes={}), generation=first)
         assert "not open" in await raises(lanes.handle(closing), LaneError)
         await trains(lanes, 1, second)
 
@@ -154,7 +161,8 @@ def test_a_child_with_one_lane_is_refused_for_what_is_wrong(tree: Tree) -> None:
             lanes.check(wrong)
         assert refused.type is PeerError
         generation = (await lanes.handle(joining(0, sender="client-0"))).header["generation"]
-        closing = said("close", 0, "client-0", norms={}, own={}, losses={"0": [1.0, 1, 1]}, bytes={})
+        own = {"0": [1.0] * lanes.gates[0].allowed.children["client-0"].own[0]}
+        closing = said("close", 0, "client-0", norms={}, own=own, losses={"0": [1.0, 1, 1]}, bytes={})
         assert "not open" in await raises(lanes.handle(replace(closing, generation=generation)), PeerError)
 
     run(test)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from transformers import GPT2Config
@@ -61,8 +62,8 @@ class Setting:
     clients: int
     phases: tuple[tuple[float, bool, float], ...]
     settle: float
-    base: tuple[int, int] = (8, 256)
-    rows: int = 8
+    base: tuple[int, int] = (6, 192)
+    rows: int = 4
 
 
 def write_recipe(folder: Path, setting: Setting) -> Path:
@@ -221,6 +222,13 @@ class Outcome:
         return STARVE + len(self.names) * self.last["splitllm_batch_longest_seconds"][""]
 
     @property
+    def busy(self) -> float:
+        """Share of the time in which work waited, over all phases."""
+        states = ("busy,waiting", "idle,waiting")
+        busy, idle = (sum(phase.spent.get(state, 0.0) for phase in self.phases) for state in states)
+        return busy / (busy + idle)
+
+    @property
     def longest(self) -> float:
         """Seconds that a micro-batch waited for the device at most, whosever it was."""
         return max(self.last[f"splitllm_tenant_{LONGEST}"].values())
@@ -302,6 +310,7 @@ def shown(outcome: Outcome) -> str:
     longest = outcome.last["splitllm_batch_longest_seconds"][""]
     lines += [
         "",
+        f"device busy while work waits, over all phases: {outcome.busy:.1%}",
         f"longest wait {outcome.longest:.2f} s, bound {outcome.bound:.1f} s, longest batch {longest:.3f} s",
         f"the others' throughput beside the stragglers, over that without: {[round(kept, 3) for kept in outcome.kept]}",
     ]
@@ -350,3 +359,37 @@ def run(setting: Setting, folder: Path) -> Outcome:
         return outcome
     finally:
         roles.close()
+
+
+def assert_nobody_was_lost(outcome: Outcome) -> None:
+    """Every request had its answer, nobody had to join again."""
+    told = outcome.told
+    assert told["joins"] == dict.fromkeys(outcome.names, 1)
+    assert told["sent"] == told["answered"] and not told["modules"]
+    assert outcome.last["splitllm_children_connected"][""] == len(outcome.names)
+    assert outcome.last.get("splitllm_refused_connections_total", {}) == {}
+
+
+def assert_the_device_works_and_nobody_starves(outcome: Outcome) -> None:
+    """Busy while work waits, over all phases together; all waits under the bound, those of the slowest client too."""
+    assert_nobody_was_lost(outcome)
+    assert outcome.busy >= BUSY
+    assert min(phase.busy for phase in outcome.phases if phase.load > 1) >= BUSY
+    assert 0 < outcome.last[f"splitllm_tenant_{LONGEST}"][outcome.names[-1]] <= outcome.longest < outcome.bound
+
+
+@pytest.mark.soak
+def test_64_clients_at_their_own_pace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    phases = ((3.0, True, 25.0), *((0.8, everybody, 25.0) for everybody in (True, False, True, False, True)))
+    outcome = run(Setting(64, phases, settle=4.0), tmp_path)
+    with capsys.disabled():
+        sys.stdout.write(f"\n{shown(outcome)}\n")
+    assert_the_device_works_and_nobody_starves(outcome)
+    assert statistics.median(outcome.kept) >= 1 - SLOWER
+
+
+@pytest.mark.system
+def test_12_clients_at_their_own_pace(tmp_path: Path) -> None:
+    outcome = run(Setting(12, ((3.0, True, 5.0), (0.8, False, 3.0)), settle=1.0), tmp_path)
+    assert_the_device_works_and_nobody_starves(outcome)
+    assert outcome.phases[1].grown("splitllm_batches_total") > 0
