@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from splitllm.cli import app
+from splitllm.errors import CheckpointError
 from splitllm.model.export import load_adapter, save_adapter
 from splitllm.recipe import load_recipe
 from splitllm.train import train
@@ -155,3 +156,11 @@ def test_a_base_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path / "t5")
     save_tokenizer(tmp_path / "t5")
     assert "t5 cannot be cut" in refusal(adapter, tmp_path / "t5", tmp_path / "merged")
+
+
+def test_a_folder_of_several_adapters_says_which_there_are(tmp_path: Path) -> None:
+    for name in ("client-1", "client-0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"adapters of several clients; name one, such as {tmp_path}/client-0"):
+        load_adapter(tmp_path)

@@ -165,7 +165,7 @@ WRONG = [
         "server.tenants={client-0: 3}",
         "server.tenants.client-0: 3 is not allowed; use a mapping with keys among tokens_",
     ),
-    ("server.tenants.client-0.weights=3", "server.tenants.client-0.weights: unknown key; did you mean server.tenants.cl"),
+    ("server.tenants.client-0.weights=3", "server.tenants.client-0.weights: unknown key; did you mean server."),
     ("server.tenants.client-0.weight=0", "server.tenants.client-0.weight: 0 is not allowed; use a number above 0"),
     ("server.tenants.client-0.bytes_per_second=-1", "-1 is not allowed; use a number above 0, or null"),
     ("server.tenants.client-4.weight=2", "server.tenants.client-4: 'client-4' is not a client of split.tiers; use so"),
