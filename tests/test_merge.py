@@ -162,5 +162,5 @@ def test_a_folder_of_several_adapters_says_which_there_are(tmp_path: Path) -> No
     for name in ("client-1", "client-0"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=f"adapters of several clients; name one, such as {tmp_path}/client-0"):
+    with pytest.raises(CheckpointError, match=f"one lies in it: name {tmp_path}/client-0"):
         load_adapter(tmp_path)

@@ -62,7 +62,8 @@ def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
         CheckpointError: there is none, or it is not LoRA.
     """
     if inside := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")):
-        raise CheckpointError(f"{folder}: holds the adapters of several clients; name one, such as {folder / inside[0]}")
+        inner = f"one lies in it: name {folder / inside[0]}"
+        raise CheckpointError(f"{folder}: not a PEFT adapter folder that can be read here ({inner})")
     try:
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
