@@ -154,7 +154,8 @@ def test_nothing_is_kept_where_nothing_trains() -> None:
 def test_adapters_of_their_own_keep_what_a_worker_counts(family: str, own: range) -> None:
     work, folder = replace(work_in(family), own=own), checkpoint_folder(family)
     assert predicted(folder, work) == pytest.approx(measured(folder, work, clients=2), rel=0.03)
-    assert predicted(folder, work) > predicted(folder, replace(work, own=NOBODY))
+    together = predicted(folder, replace(work, own=NOBODY))
+    assert predicted(folder, work) == pytest.approx(together, rel=0.03)  # the stacks of adapters are not kept
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gemma3", "llama"])
