@@ -14,7 +14,7 @@ from splitllm.errors import DivergedError
 from splitllm.metrics import Metrics, replace_text
 from splitllm.model.lora import adapter_shapes
 from splitllm.model.trainable import Tensors
-from splitllm.recipe import dump_recipe, lora_of, role_names, what_leaves_in_a_deployment
+from splitllm.recipe import client_names, dump_recipe, lora_of, what_leaves_in_a_deployment
 from splitllm.roles.server import StepSums
 from splitllm.running.outcome import RECIPE
 from splitllm.running.places import ADAPTER, adapter_folders
@@ -35,7 +35,7 @@ class Board:
     def __init__(self, station: Station, metrics: Metrics) -> None:
         self.station, self.metrics = station, metrics
         self._over: set[int] = set()
-        names = next(iter(role_names(station.recipe).values()))
+        names = client_names(station.recipe)
         self.records = {client: LaneRecord(self, client, name) for client, name in enumerate(names)}
         replace_text(station.options.directory / RECIPE, dump_recipe(station.recipe))
         for record in self.records.values():

@@ -6,14 +6,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from rich.console import Console
 
 from splitllm.deployment.board import Board, LaneRecord
 from splitllm.deployment.bounds import allowed
 from splitllm.deployment.journal import Journal
-from splitllm.deployment.past import HELD, MIB, Past
+from splitllm.deployment.past import Past
 from splitllm.deployment.record import Record
 from splitllm.deployment.station import Station
 from splitllm.metrics import Metrics
@@ -75,24 +74,6 @@ def room_of(recipe: Recipe, under_way: int, clients: int) -> int:
     return under_way * clients + (clients if goes_by_lanes(recipe) else 1)
 
 
-class Speaking(Past):
-    """What a server, or one lane of it, can go back to; its closing words are those of the whole server.
-
-    Args:
-        whole: the server's worker, with all its lanes.
-        rest: as of `Past`.
-    """
-
-    def __init__(self, whole: Worker, *rest: Any) -> None:
-        super().__init__(*rest)
-        self._whole = whole
-
-    def closing_words(self) -> dict[str, float]:
-        """Memory of this process, and what its tensors took at most, in MiB."""
-        held = {f"{HELD}{name}": round(size / MIB, 2) for name, size in self._whole.peak().items()}
-        return super().closing_words() | held
-
-
 def _gate(
     station: Station,
     journal: Journal,
@@ -104,7 +85,7 @@ def _gate(
 ) -> Gate:
     recipe, name = station.recipe, station.name
     kept = (record.values, record.put_back) if record is not None else ()
-    past = Speaking(batching.runner.worker, station, journal, worker, *kept)
+    past = Past(station, journal, worker, *kept, speaks_for=batching.runner.worker)
     children = children_of(recipe, name)
     if client != EVERYBODY:
         children = [child for child in children if client in clients_below(recipe, child)]

@@ -32,6 +32,7 @@ class Past:
         worker: its shard.
         values: plain values to keep beside the tensors.
         put_back: takes those values when the role goes back.
+        speaks_for: whose memory its closing words tell, where that is not `worker`: of a lane the whole server's.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Past:
         worker: Worker,
         values: Callable[[], Mapping[str, Any]] = dict,
         put_back: Callable[[Mapping[str, Any]], None] = lambda values: None,
+        *,
+        speaks_for: Worker | None = None,
     ) -> None:
         self.journal, self.worker, self._shares = journal, worker, sharing(station.recipe, station.name)
-        self._values, self._put_back = values, put_back
+        self._values, self._put_back, self._speaks_for = values, put_back, speaks_for or worker
         self._lock, self._returns = threading.Lock(), 0
         if not self.journal.steps():
             self._keep(0, start_digest(station.recipe))
@@ -108,4 +111,4 @@ class Past:
         words = {"rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
         if self.worker.device.type == "cuda":
             words["gpu_mib"] = round(torch.cuda.max_memory_allocated(self.worker.device) / MIB, 1)
-        return words | {f"{HELD}{name}": round(size / MIB, 2) for name, size in self.worker.peak().items()}
+        return words | {f"{HELD}{name}": round(size / MIB, 2) for name, size in self._speaks_for.peak().items()}

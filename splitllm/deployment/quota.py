@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from splitllm.deployment.bounds import micro_batch_bytes
 from splitllm.policy.quotas import Limit, allowed_at, taken
 from splitllm.preflight import Plan
-from splitllm.recipe import TenantRecipe, clients_below, role_names
+from splitllm.recipe import TenantRecipe, client_names, clients_below
 from splitllm.roles.account import Account
 from splitllm.wire.coding import Coding
 from splitllm.wire.link import Handler
@@ -53,7 +53,7 @@ class Quotas:
 
 def limits_of(plan: Plan, name: str) -> dict[int, dict[str, Limit]]:
     """Client -> its limits at server `name`, of all clients below it."""
-    server, clients = plan.recipe.server, next(iter(role_names(plan.recipe).values()))
+    server, clients = plan.recipe.server, client_names(plan.recipe)
     largest = {"tokens": plan.recipe.train.batch_size * plan.recipe.data.max_length, "bytes": micro_batch_bytes(plan)}
     found = {}
     for client in clients_below(plan.recipe, name):

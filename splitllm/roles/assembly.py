@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from transformers import get_scheduler
 from splitllm.data.batching import BatchStream, eval_batches
 from splitllm.data.corpus import Corpus
 from splitllm.model.export import load_adapter
+from splitllm.model.families import layout_of
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, block_of, in_model
 from splitllm.model.naming import in_text_model
@@ -220,6 +222,8 @@ class Assembly:
         shard = self._bare[tier, bounds].replica()
         together = {} if tier == 0 and self.own else self._adapter(shard)
         own = self._own(shard, tier, index) if self.own else {}
+        if self.recipe.train.activation_checkpointing:
+            shard.checkpoint_activations()
         worker = Worker(shard, self._trainable(together), self.site.device, self.site.autocast, own)
         self.roles.workers.setdefault(self.tiers[tier], {})[name] = worker
         return worker
@@ -248,36 +252,43 @@ class Assembly:
         """Put the adapter that roles train together into a shard."""
         recipe, config = self.recipe, self.checkpoint.config
         add_lora(shard, recipe.lora, [n for n in self.modules if block_of(config, n) not in self.own], recipe.seed)
-        return self._ready(shard, adapter_parameters(shard))
+        return self._started(shard)
 
     def _own(self, shard: Shard, tier: int, index: int) -> dict[int, Trainable]:
         """Put the adapters that are clients' own into a shard: a client's, or those of all clients below a server."""
         recipe = self.recipe
         if tier == 0:
             add_lora(shard, lora_of(recipe, index), self.modules, recipe.seed)
-            return {index: self._trainable(self._ready(shard, adapter_parameters(shard)))}
+            return {index: self._trainable(self._started(shard))}
         tenants = Tenants(shard, self.modules, self.own, recipe.seed)
         dtype = adapter_dtype(DTYPES[recipe.model.dtype])
         found, cuts = {}, client_cuts(recipe)
         for client in clients_below(recipe, self._role(tier, index)):
             parameters = tenants.add(client, cuts[client], lora_of(recipe, client), dtype, self.site.device)
-            found[client] = self._trainable(self._ready(shard, parameters))
+            self._start(parameters)
+            found[client] = self._trainable(parameters)
         return found
 
     def _trainable(self, parameters: Mapping[str, nn.Parameter]) -> Trainable:
         return Trainable(parameters, self.recipe.train.optimizer)
 
-    def _ready(self, shard: Shard, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Adapter parameters where they train, as the run starts them: new, or from an existing adapter."""
-        if self.recipe.lora.start_from is not None:
-            _, stored = load_adapter(Path(self.recipe.lora.start_from))
-            tensors = in_text_model(stored, shard.layout)
-            for name, parameter in parameters.items():
-                parameter.data.copy_(tensors[name])
-        if self.recipe.train.activation_checkpointing:
-            shard.checkpoint_activations()
-        shard.to(self.site.device)
+    def _started(self, shard: Shard) -> dict[str, nn.Parameter]:
+        """The adapter that was put into a shard, where it trains, as the run starts it."""
+        parameters = adapter_parameters(shard.to(self.site.device))
+        self._start(parameters)
         return parameters
+
+    def _start(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Go on from the adapter that the recipe names; a new one is as it is."""
+        for name, tensor in self._start_from.items():
+            if name in parameters:
+                parameters[name].data.copy_(tensor)
+
+    @cached_property
+    def _start_from(self) -> dict[str, torch.Tensor]:
+        """What all adapters start from, by the text model's names; nothing for new ones."""
+        folder = self.recipe.lora.start_from
+        return {} if folder is None else in_text_model(load_adapter(Path(folder))[1], layout_of(self.checkpoint.config))
 
     def top(self, observe: Callable[[int, StepSums], None] = unobserved) -> Top:
         """What only the highest role decides."""

@@ -55,7 +55,9 @@ def evaluated(step: int, losses: Mapping[int, Any]) -> None:
         raise DivergedError(f"step {step}: not finite")
 
 
-def lanes_of(tree: Tree, name: str, over: list[int], uplink: Above | None = None) -> Lanes:
+def lanes_of(
+    tree: Tree, name: str, over: list[int], uplink: Above | None = None, park_after: float | None = None
+) -> Lanes:
     worker = tree.pasts[name].worker
     batching = batching_of(tree.recipe, worker, Inline())
     gates = {}
@@ -77,7 +79,7 @@ def lanes_of(tree: Tree, name: str, over: list[int], uplink: Above | None = None
         summit = Summit(lambda step: False, evaluated, lambda words, adapter: None, 1)
         limits = allowed(tree.plan, name, client)
         gates[client] = Gate(server, past, limits, summit=summit if top is not None else None, lane=client)
-    return Lanes(gates, batching, None, over.append)
+    return Lanes(gates, batching, park_after, over.append)
 
 
 def said(kind: Kind, client: int, sender: str | None = None, step: int = 0, **header: object) -> Message:
