@@ -83,7 +83,7 @@ def _key(seed: int, member: Rows, name: str) -> tuple[int | str, ...]:
 def _draw(drop_BSD: torch.Tensor, member: Rows, rate: float, seed: int) -> None:
     """One member's mask, from a generator of its own: real tokens row after row, whatever the padding."""
     generator = torch.Generator().manual_seed(seed)
-    drop_TD = torch.rand(sum(member.lengths), drop_BSD.shape[2], generator=generator) < rate
+    drop_TD = torch.rand(sum(member.lengths), drop_BSD.shape[2], generator=generator, dtype=torch.float32) < rate
     first = 0
     for row, length in enumerate(member.lengths):
         drop_BSD[row, :length] = drop_TD[first : first + length]

@@ -52,6 +52,18 @@ def test_values_are_dropped_at_the_rate() -> None:
     assert float(kept.mean()) == pytest.approx(1.0, abs=0.01)
 
 
+def test_a_mask_does_not_depend_on_the_dtype_that_a_model_is_being_loaded_in_meanwhile() -> None:
+    member, before = rows(0, 40), torch.get_default_dtype()
+    masks = []
+    try:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)  # transformers sets it for all threads while it builds a model
+            masks.append(dropped(ones(member).float(), [member], lambda _: 0.5, 7, "m"))
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(*masks)
+
+
 def test_in_evaluation_nothing_is_dropped_and_without_a_key_pytorch_drops() -> None:
     module = AdapterDropout(0.5, "m", 0, DropoutKey(7))
     x_BSD = torch.ones(2, 30, WIDTH)
