@@ -32,7 +32,8 @@ from splitllm.model.loading import Checkpoint, quiet_transformers
 from splitllm.model.lora import matched_modules
 from splitllm.preflight import load_tokenizer
 from splitllm.recipe import Recipe, role_bounds
-from splitllm.roles.assembly import DTYPES, Assembly, schedule_of
+from splitllm.roles.adapters import DTYPES
+from splitllm.roles.assembly import Assembly, schedule_of
 
 RANK, ALPHA = 4, 32  # SplitLoRA's
 RATE, BATCH = 2.0e-4, 8

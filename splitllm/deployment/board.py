@@ -18,7 +18,7 @@ from splitllm.recipe import client_names, dump_recipe, lora_of, what_leaves_in_a
 from splitllm.roles.server import StepSums
 from splitllm.running.outcome import RECIPE
 from splitllm.running.places import ADAPTER, adapter_folders
-from splitllm.running.results import export_of, summary_of
+from splitllm.running.results import export_of, renew, summary_of
 from splitllm.running.state import Totals
 
 logger = logging.getLogger(__name__)
@@ -48,10 +48,8 @@ class Board:
 
     def done(self) -> None:
         """When every client has its adapter, or has diverged: write the summary, unless that was done already."""
-        directory, recipe = self.station.options.directory, self.station.recipe
-        folders = dict(zip(self.records, adapter_folders(recipe, directory), strict=True))
-        here = [client for client, folder in folders.items() if folder.exists()]
-        if not here or not self._over.issuperset(folders.keys() - here) or (directory / "summary.json").exists():
+        directory, recipe, here = self.station.options.directory, self.station.recipe, self.ended()
+        if not here or not self._over.issuperset(self.records.keys() - here) or (directory / "summary.json").exists():
             return
         records = [self.records[client] for client in here]
         totals = Totals()
@@ -64,6 +62,11 @@ class Board:
         numbers = sum(self._numbers(client) for client in here)
         self.metrics.write_summary(summary_of(totals, numbers, memory_of(words), what_leaves_in_a_deployment(recipe)))
         logger.info("done", extra={"fields": {"adapters": str(directory / ADAPTER), "loss": totals.loss_after}})
+
+    def ended(self) -> list[int]:
+        """The clients whose adapters are written."""
+        folders = adapter_folders(self.station.recipe, self.station.options.directory)
+        return [client for client, folder in zip(self.records, folders, strict=True) if folder.exists()]
 
     def _numbers(self, client: int) -> int:
         """In the adapter of one client."""
@@ -149,9 +152,16 @@ class LaneRecord:
         self._since = time.perf_counter()
 
     def finish(self, words: Mapping[str, Any], adapter: Tensors) -> None:
-        """This lane has come to its end: write the client's adapter; with the last of them the summary."""
+        """This lane has come to its end: write the client's adapter; with the last of them the summary.
+
+        What clients train in common has gone on since others came to theirs: they get it as well.
+        """
         self.words = dict(words)
-        export_of(self.board.station.plan, self.board.station.options.directory, adapter, self.client)
+        plan, directory = self.board.station.plan, self.board.station.options.directory
+        export_of(plan, directory, adapter, self.client)
+        for client in self.board.ended() if plan.recipe.lora.adapters == "common" else []:
+            if client != self.client:
+                renew(plan, directory, adapter, client)
         self.board.done()
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from rich.console import Console
 
 from splitllm.deployment.board import Board, LaneRecord
 from splitllm.deployment.bounds import allowed
+from splitllm.deployment.held import Held
 from splitllm.deployment.journal import Journal
 from splitllm.deployment.past import Past
 from splitllm.deployment.record import Record
 from splitllm.deployment.station import Station
 from splitllm.metrics import Metrics
-from splitllm.model.trainable import Trainable
 from splitllm.recipe import Recipe, children_of, clients_below, goes_by_lanes
 from splitllm.roles.assembly import batching_of, entries_of
 from splitllm.roles.gate import Gate
@@ -52,21 +51,33 @@ def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, u
         _say_what_is_left_out(station.recipe)
     if EVERYBODY in journals:
         record = Record(station, metrics) if uplink is None else None
-        return _gate(station, journals[EVERYBODY], worker, batching, uplink, record, EVERYBODY)
+        return _gate(station, journals[EVERYBODY], worker, batching, uplink, record)
     board = Board(station, metrics) if uplink is None else None
+    held = _held(station, journals, worker)
     gates = {}
     for client, journal in journals.items():
-        mine = replace(
-            worker, trainable=Trainable({}, station.recipe.train.optimizer), own={client: worker.own[client]}
-        )
         lane = board.records[client] if board is not None else None
-        gates[client] = _gate(station, journal, mine, batching, uplink, lane, client)
+        gates[client] = _gate(station, journal, worker.lane(client), batching, uplink, lane, client, held)
         if lane is not None and journal.finished:
             lane.put_back(journal.newest_values()["beside"])
     if board is not None:
         board.done()
-    over = board.over if board is not None else lambda client: None
+
+    def over(client: int) -> None:
+        if held is not None:
+            held.over(client)
+        if board is not None:
+            board.over(client)
+
     return Lanes(gates, batching, station.recipe.server.park_after, over)
+
+
+def _held(station: Station, journals: Mapping[int, Journal], worker: Worker) -> Held | None:
+    """What all lanes train in common, as it was kept."""
+    if worker.common is None:
+        return None
+    new = not any(any(journal.steps()) for journal in journals.values())
+    return Held(worker.common, station.journal("common"), station.recipe.train.steps, journals, new=new)
 
 
 def room_of(recipe: Recipe, under_way: int, clients: int) -> int:
@@ -81,11 +92,12 @@ def _gate(
     batching: Batching,
     uplink: RemoteLink | None,
     record: Record | LaneRecord | None,
-    client: int,
+    client: int = EVERYBODY,
+    held: Held | None = None,
 ) -> Gate:
     recipe, name = station.recipe, station.name
     kept = (record.values, record.put_back) if record is not None else ()
-    past = Past(station, journal, worker, *kept, speaks_for=batching.runner.worker)
+    past = Past(station, journal, worker, *kept, held=held, speaks_for=batching.runner.worker)
     children = children_of(recipe, name)
     if client != EVERYBODY:
         children = [child for child in children if client in clients_below(recipe, child)]

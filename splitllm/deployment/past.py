@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from splitllm.deployment.held import Held
 from splitllm.deployment.journal import Journal
 from splitllm.deployment.station import Station
 from splitllm.errors import RejoinError
@@ -32,6 +33,7 @@ class Past:
         worker: its shard.
         values: plain values to keep beside the tensors.
         put_back: takes those values when the role goes back.
+        held: what its worker trains in common with others that go at their own pace.
         speaks_for: whose memory its closing words tell, where that is not `worker`: of a lane the whole server's.
     """
 
@@ -43,11 +45,12 @@ class Past:
         values: Callable[[], Mapping[str, Any]] = dict,
         put_back: Callable[[Mapping[str, Any]], None] = lambda values: None,
         *,
+        held: Held | None = None,
         speaks_for: Worker | None = None,
     ) -> None:
         self.journal, self.worker, self._shares = journal, worker, sharing(station.recipe, station.name)
         self._values, self._put_back, self._speaks_for = values, put_back, speaks_for or worker
-        self._lock, self._returns = threading.Lock(), 0
+        self._held, self._lock, self._returns = held, threading.Lock(), 0
         if not self.journal.steps():
             self._keep(0, start_digest(station.recipe))
 
@@ -69,11 +72,14 @@ class Past:
         """
         state = {name: tensor.to("cpu", copy=True) for name, tensor in self.state().items()}
         about, returns = {"origin": str(generation), "beside": dict(self._values())}, self._returns
+        keep_common = self._held.keeping() if self._held is not None else None
 
         def write() -> None:
             with self._lock:
                 if self._returns != returns:
                     raise RejoinError(f"step {step} was not committed: the run has gone back")
+                if keep_common is not None:
+                    keep_common()
                 self.journal.write(step, state, about)
 
         return write
@@ -100,7 +106,11 @@ class Past:
 
     def adapter(self) -> Tensors:
         """The role's part of the adapter."""
-        return adapter_in(self.state())
+        return adapter_in(self.state()) | (self._held.common.adapter() if self._held is not None else {})
+
+    def final_adapter(self) -> Tensors:
+        """The same when the run ends, or this lane of it."""
+        return self.adapter() | (self._held.final() if self._held is not None else {})
 
     def mark_finished(self) -> None:
         """The run is complete, and stays so when this process ends."""

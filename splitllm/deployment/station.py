@@ -18,7 +18,7 @@ from splitllm.errors import RecipeError
 from splitllm.model.loading import Checkpoint
 from splitllm.model.shard import BUILDING
 from splitllm.preflight import Plan, prepare
-from splitllm.recipe import Recipe, fingerprint, parent_of, tier_of
+from splitllm.recipe import Recipe, fingerprint, goes_by_lanes, parent_of, tier_of
 from splitllm.roles.assembly import Assembly, Site, coding_of, schedule_of
 from splitllm.roles.device import DeviceThread
 from splitllm.roles.worker import Worker
@@ -113,7 +113,10 @@ class Station:
         """What builds shards; `bounds` are those of this role where a server above tells them."""
         all_bounds = self.plan.role_bounds | ({self.name: bounds} if bounds is not None else {})
         site = Site(device=self.world.device, autocast=self.world.autocast)
-        return Assembly(self.recipe, self.plan.corpus, self.base, self.plan.modules, all_bounds, self.schedule, site)
+        lanes = goes_by_lanes(self.recipe)
+        return Assembly(
+            self.recipe, self.plan.corpus, self.base, self.plan.modules, all_bounds, self.schedule, site, lanes
+        )
 
     async def welcomed(self, uplink: RemoteLink) -> Told:
         """Connect, and hear what the role above has to say.

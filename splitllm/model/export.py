@@ -55,6 +55,25 @@ def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Lora
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def renew_adapter(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put other values into some tensors of an adapter that lies there; at every moment it is whole.
+
+    Raises:
+        CheckpointError: there is none.
+        OSError: it cannot be written, for want of space say; it is as it was.
+    """
+    _, held = load_adapter(folder)
+    whole = held | {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    place = folder / SAFETENSORS_WEIGHTS_NAME
+    temporary = place.with_name(f".{place.name}.writing")
+    try:
+        with writing(temporary):
+            save_file(whole, temporary, metadata={"format": "pt"})
+        os.replace(temporary, place)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """A PEFT LoRA adapter from a local folder.
 

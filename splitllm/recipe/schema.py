@@ -177,13 +177,19 @@ class TenantRecipe(QuotaRecipe):
 
 
 class ServerRecipe(Section):
-    """How servers compute what their clients send. `tokens` are positions of a batch, padding included."""
+    """How servers compute what their clients send. `tokens` are positions of a batch, padding included.
+
+    With `continuous` what clients have in common steps after the steps of `step_tenants` clients (null: of as many as
+    there are), or after `step_tokens` tokens.
+    """
 
     batching: Literal["none", "synchronous", "continuous"] = "none"
     tokens: Count = 4096
     wait: NotNegative = 0.0
     starve: Positive = 10.0
     gradient_wait: NotNegative = 0.1
+    step_tenants: Count | None = None
+    step_tokens: Count | None = None
     park_after: Positive | None = None
     memory_mib: Count | None = None
     quota: QuotaRecipe = Field(default_factory=QuotaRecipe)
@@ -236,10 +242,7 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"train.processes: {recipe.train.processes} with lora.adapters: {recipe.lora.adapters} is not possible, "
             f"as no process would have all adapters; {advice}",
         )
-    if recipe.server.batching == "continuous" and recipe.lora.adapters != "per_client":
-        why = "lets clients go at their own pace, which needs lora.adapters: per_client"
-        advice = f"not {recipe.lora.adapters}, where they step together; use per_client, or batching: synchronous"
-        yield ("server.batching", "lora.adapters"), f"server.batching: continuous {why}, {advice}"
+    yield from _pace_misfits(recipe)
     if recipe.wire.absent == "drop" and (recipe.split.client_cuts or recipe.lora.adapters != "shared"):
         keys3 = ("wire.absent", "split.client_cuts", "lora.adapters")
         why = "a client that was left out takes over the state of another, and here nobody holds the same"
@@ -253,6 +256,33 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if schedule.name == "constant" and schedule.warmup_steps > 0:
         keys = ("train.schedule.name", "train.schedule.warmup_steps")
         yield keys, f"{keys[0]}: 'constant' has no warm-up; use constant_with_warmup, or warmup_steps: 0"
+
+
+def _pace_misfits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What clients that go at their own pace can train, and what does nothing without them."""
+    server, adapters = recipe.server, recipe.lora.adapters
+    keys: tuple[str, ...]
+    continuous = server.batching == "continuous"
+    if continuous and adapters == "shared":
+        why = "lets clients go at their own pace, so that they cannot step one adapter of their blocks together"
+        advice = "use lora.adapters: common (the blocks above all clients are trained together) or per_client"
+        yield ("server.batching", "lora.adapters"), f"server.batching: continuous {why}; {advice}"
+    for name, count in list(recipe.split.tiers.items())[1:-1]:
+        if continuous and adapters == "common" and count > 1:
+            why = "with server.batching: continuous and lora.adapters: common each would train another one"
+            keys = ("split.tiers", "server.batching", "lora.adapters")
+            yield keys, f"split.tiers.{name}: {count} {why}; use 1, or lora.adapters: per_client"
+    for key in ("step_tenants", "step_tokens"):
+        value = getattr(server, key)
+        if value is not None and not (continuous and adapters == "common"):
+            why = "needs server.batching: continuous and lora.adapters: common; elsewhere all step together"
+            keys = (f"server.{key}", "server.batching", "lora.adapters")
+            yield keys, f"server.{key}: {value} {why}; leave it out"
+    if server.step_tenants is not None and server.step_tokens is not None:
+        yield (
+            ("server.step_tokens", "server.step_tenants"),
+            f"server.step_tokens: {server.step_tokens} beside server.step_tenants; leave one of the two out",
+        )
 
 
 def _split_misfits(split: SplitRecipe, lora: LoraRecipe) -> Iterator[tuple[tuple[str, ...], str]]:

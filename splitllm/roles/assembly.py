@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import get_scheduler
 
 from splitllm.data.batching import BatchStream, eval_batches
 from splitllm.data.corpus import Corpus
-from splitllm.model.export import load_adapter
-from splitllm.model.families import layout_of
 from splitllm.model.loading import Checkpoint
-from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, block_of, in_model
-from splitllm.model.naming import in_text_model
+from splitllm.model.lora import block_of, in_model
 from splitllm.model.shard import Shard
-from splitllm.model.tenants import Tenants
-from splitllm.model.trainable import Tensors, Trainable
+from splitllm.model.trainable import Tensors
 from splitllm.policy.batching import Budget
 from splitllm.recipe import (
     Recipe,
@@ -31,11 +24,10 @@ from splitllm.recipe import (
     client_names,
     clients_below,
     holders,
-    lora_of,
-    own_blocks,
     parent_of,
     tier_of,
 )
+from splitllm.roles.adapters import DTYPES, Adapters
 from splitllm.roles.admission import batch_sizes
 from splitllm.roles.batcher import Alone, Synchronous
 from splitllm.roles.client import Client
@@ -52,7 +44,6 @@ from splitllm.wire.link import LocalLink, Traffic
 MIB = 2**20
 UNLIMITED = 1 << 62
 BATCH_OVERHEAD = 16  # positions that take about as long as what a batch costs beside its positions
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass
@@ -127,6 +118,7 @@ class Assembly:
         bounds: of every role, as in `recipe.role_bounds`.
         schedule: step -> multiplier of the learning rate.
         site: this process among its peers; by default the only one, on the CPU.
+        lanes: whether servers serve every client in a lane of its own.
     """
 
     recipe: Recipe
@@ -136,12 +128,14 @@ class Assembly:
     bounds: Mapping[str, tuple[int, int]]
     schedule: Callable[[int], float]
     site: Site = field(default_factory=Site)
+    lanes: bool = False
 
     def __post_init__(self) -> None:
         """Nothing is loaded before `build`."""
         self.tiers, self.counts = list(self.recipe.split.tiers), list(self.recipe.split.tiers.values())
         layers = self.checkpoint.config.num_hidden_layers
-        self.own, self._holders = own_blocks(self.recipe, layers), holders(self.recipe, layers)
+        self._holders = holders(self.recipe, layers)
+        self._adapters = Adapters(self.recipe, self.checkpoint.config, self.modules, self.site.device, self.lanes)
         self.roles = Roles()
         self._bare: dict[tuple[int, tuple[int, int]], Shard] = {}
 
@@ -220,11 +214,11 @@ class Assembly:
         if (tier, bounds) not in self._bare:
             self._bare[tier, bounds] = self._shard(tier, bounds)
         shard = self._bare[tier, bounds].replica()
-        together = {} if tier == 0 and self.own else self._adapter(shard)
-        own = self._own(shard, tier, index) if self.own else {}
+        trains = self._adapters.of_client(shard, index) if tier == 0 else self._adapters.of_server(shard, name)
         if self.recipe.train.activation_checkpointing:
             shard.checkpoint_activations()
-        worker = Worker(shard, self._trainable(together), self.site.device, self.site.autocast, own)
+        site = self.site
+        worker = Worker(shard, trains.together, site.device, site.autocast, trains.own, trains.lent, trains.common)
         self.roles.workers.setdefault(self.tiers[tier], {})[name] = worker
         return worker
 
@@ -247,48 +241,6 @@ class Assembly:
             attention=recipe.model.attention,
             seed=recipe.seed,
         ).to(self.site.device)
-
-    def _adapter(self, shard: Shard) -> dict[str, nn.Parameter]:
-        """Put the adapter that roles train together into a shard."""
-        recipe, config = self.recipe, self.checkpoint.config
-        add_lora(shard, recipe.lora, [n for n in self.modules if block_of(config, n) not in self.own], recipe.seed)
-        return self._started(shard)
-
-    def _own(self, shard: Shard, tier: int, index: int) -> dict[int, Trainable]:
-        """Put the adapters that are clients' own into a shard: a client's, or those of all clients below a server."""
-        recipe = self.recipe
-        if tier == 0:
-            add_lora(shard, lora_of(recipe, index), self.modules, recipe.seed)
-            return {index: self._trainable(self._started(shard))}
-        tenants = Tenants(shard, self.modules, self.own, recipe.seed)
-        dtype = adapter_dtype(DTYPES[recipe.model.dtype])
-        found, cuts = {}, client_cuts(recipe)
-        for client in clients_below(recipe, self._role(tier, index)):
-            parameters = tenants.add(client, cuts[client], lora_of(recipe, client), dtype, self.site.device)
-            self._start(parameters)
-            found[client] = self._trainable(parameters)
-        return found
-
-    def _trainable(self, parameters: Mapping[str, nn.Parameter]) -> Trainable:
-        return Trainable(parameters, self.recipe.train.optimizer)
-
-    def _started(self, shard: Shard) -> dict[str, nn.Parameter]:
-        """The adapter that was put into a shard, where it trains, as the run starts it."""
-        parameters = adapter_parameters(shard.to(self.site.device))
-        self._start(parameters)
-        return parameters
-
-    def _start(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Go on from the adapter that the recipe names; a new one is as it is."""
-        for name, tensor in self._start_from.items():
-            if name in parameters:
-                parameters[name].data.copy_(tensor)
-
-    @cached_property
-    def _start_from(self) -> dict[str, torch.Tensor]:
-        """What all adapters start from, by the text model's names; nothing for new ones."""
-        folder = self.recipe.lora.start_from
-        return {} if folder is None else in_text_model(load_adapter(Path(folder))[1], layout_of(self.checkpoint.config))
 
     def top(self, observe: Callable[[int, StepSums], None] = unobserved) -> Top:
         """What only the highest role decides."""

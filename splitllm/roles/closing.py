@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from splitllm.errors import DivergedError
+from splitllm.model.common import Gift
 from splitllm.model.trainable import Tensors, clip_factor, squared_norms
 from splitllm.roles.together import add_into, answered, expected, finite, is_number, travelled
 from splitllm.roles.worker import Worker
@@ -62,6 +63,13 @@ class Closing:
         for client in sorted(worker.own.keys() & clients):
             norms = squared_norms(worker.own[client].gradients())
             self.own.setdefault(client, []).extend(map(finite, norms.values()))
+
+    def gift(self, step: int) -> Gift | None:
+        """Whose step this is, where it is that of one client."""
+        if len(self.losses) != 1:
+            return None
+        ((client, (_, labels, tokens)),) = self.losses.items()
+        return Gift(client, step, int(labels), int(tokens))
 
     def header(self) -> dict[str, Any]:
         """All but the sums, as it travels."""
@@ -127,12 +135,21 @@ def settle(step: int, closing: Closing, totals: Tensors, clip: float | None, sca
     return Settled(total, clip_factor(norm, clip), factors, totals)
 
 
-def apply(worker: Worker, settled: Settled, rate: float) -> None:
-    """One optimiser step of all adapters of a role; a client's own whose gradients are not finite stays as it is."""
+def apply(worker: Worker, settled: Settled, rate: float, gift: Gift | None = None) -> None:
+    """One optimiser step of all adapters of a role; a client's own whose gradients are not finite stays as it is.
+
+    Args:
+        worker: of that role.
+        settled: what all step by.
+        rate: multiplies the recipe's learning rate.
+        gift: whose step it was, where what is trained together steps once enough was given.
+    """
     gradients = worker.trainable.gradients()
-    worker.trainable.apply(
-        {n: settled.sums.get(n, gradient) for n, gradient in gradients.items()}, settled.factor, rate
-    )
+    together = {name: settled.sums.get(name, gradient) for name, gradient in gradients.items()}
+    if worker.common is None or gift is None:
+        worker.trainable.apply(together, settled.factor, rate)
+    else:
+        worker.common.give(gift, together, settled.factor, rate)
     for client, factor in settled.own.items():
         if client in worker.own and factor is not None:
             worker.own[client].apply(worker.own[client].gradients(), factor, rate)

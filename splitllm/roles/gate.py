@@ -319,7 +319,7 @@ class Gate:
         for message in messages:
             adapter.update(message.tensors)
             words.update(message.header["roles"])
-        adapter.update(self.past.adapter())
+        adapter.update(await self.server.device.run(self.past.final_adapter))
         words[self.server.name] = self.past.closing_words()
         if self.summit is not None:
             summit = self.summit

@@ -37,6 +37,10 @@ class Past(Protocol):
         """The role's part of the adapter, by the names that an adapter file has."""
         ...
 
+    def final_adapter(self) -> Tensors:
+        """The same when the run ends, or this lane of it."""
+        ...
+
     def closing_words(self) -> dict[str, Any]:
         """What is told of the role at the end of the run."""
         ...

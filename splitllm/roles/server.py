@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from splitllm.errors import PeerError
+from splitllm.model.common import Gift
 from splitllm.model.joined import Rows
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.trainable import Tensors
@@ -302,7 +303,7 @@ class Server:
         if self.worker is not None:
             closing.hand_in(self.worker, self.summed, self._scales)
         settled = await self._settle(messages[0], closing)
-        await self._apply(step, settled)
+        await self._apply(step, settled, closing.gift(step))
 
         def reply(message: Message) -> Message:
             below = {int(client) for client in message.header["own"]}
@@ -311,12 +312,12 @@ class Server:
 
         return reply
 
-    async def _apply(self, step: int, settled: Settled) -> None:
+    async def _apply(self, step: int, settled: Settled, gift: Gift | None) -> None:
         """One optimiser step, and its commit; the device does not wait for the disk."""
 
         def job() -> Callable[[], None] | None:
             if self.worker is not None:
-                apply(self.worker, settled, self.schedule(step))
+                apply(self.worker, settled, self.schedule(step), gift)
             return self.commit(step + 1, self.generation)
 
         write = await self.device.run(job)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from splitllm.model.common import Common
 from splitllm.model.joined import Joined, Rows
 from splitllm.model.padding import beside, pad, unpad
 from splitllm.model.randomness import MicroBatchId
@@ -71,6 +72,8 @@ class Worker:
         device: where it computes.
         autocast: the run's mixed precision.
         own: client -> adapter and optimiser that only its micro-batches use.
+        lent: client -> its copy of `common`; of the worker of a lane that copy is `trainable`.
+        common: what clients train together at their own pace; None where they step together.
     """
 
     shard: Shard
@@ -78,8 +81,14 @@ class Worker:
     device: torch.device
     autocast: Autocast = nullcontext
     own: Mapping[int, Trainable] = field(default_factory=dict)
+    lent: Mapping[int, Trainable] = field(default_factory=dict)
+    common: Common | None = None
     _activations: int = 0
     _largest: int = 0
+
+    def lane(self, client: int) -> Worker:
+        """As the lane of one client sees it: with its own adapter, and its copy of what is common, alone."""
+        return replace(self, trainable=self.lent.get(client, self.trainable), own={client: self.own[client]}, lent={})
 
     def forward(self, asks: Sequence[Ask]) -> list[Pass]:
         """Run the shard on micro-batches that are all for training, or all not, in one batch.
@@ -129,20 +138,28 @@ class Worker:
 
     def expect(self, micro_batches: Sequence[MicroBatchId]) -> None:
         """Open a step: these micro-batches will come."""
+        if self.common is not None:
+            self.common.lend(self.trainable)
         self.trainable.expect(micro_batches)
         for client, trainable in self.own.items():
             trainable.expect([each for each in micro_batches if each.client == client])
 
     def state(self) -> Tensors:
-        """Adapters and optimisers: what `Trainable.state` tells, of a client's own behind `tenant/CLIENT/`."""
-        tensors = self.trainable.state()
+        """Adapters and optimisers: what `Trainable.state` tells, of a client's own behind `tenant/CLIENT/`.
+
+        What is common has a state of its own.
+        """
+        tensors = self.trainable.state() if self.common is None else {}
         for client, trainable in self.own.items():
             tensors.update({f"{TENANT}{client}/{key}": tensor for key, tensor in trainable.state().items()})
         return tensors
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set adapters and optimisers from a `state()`; of others that it holds nothing is taken."""
-        self.trainable.load({key: tensor for key, tensor in tensors.items() if not key.startswith(TENANT)})
+        if self.common is None:
+            self.trainable.load({key: tensor for key, tensor in tensors.items() if not key.startswith(TENANT)})
+        else:
+            self.trainable.forget()
         for client, trainable in self.own.items():
             prefix = f"{TENANT}{client}/"
             trainable.load({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
@@ -153,12 +170,16 @@ class Worker:
         state = sum(t.nbytes for each in (self.trainable, *self.own.values()) for t in each.state().values())
         return {
             "weights": sum(frozen.values()),
-            "adapter and optimiser": state,
+            "adapter and optimiser": state + (0 if self.common is None else self.common.nbytes()),
             "activations of a batch": self._activations,
         }
 
     def _trains(self, client: int) -> bool:
-        return bool(self.trainable.parameters) or (client in self.own and bool(self.own[client].parameters))
+        return any(each.parameters for each in (self.trainable, *self._of(client)))
+
+    def _of(self, client: int) -> list[Trainable]:
+        """What trains on the micro-batches of this client alone."""
+        return [held[client] for held in (self.own, self.lent) if client in held]
 
     def _embedded(self, ask: Ask, joined: Joined) -> Pass:
         """The bottom of the model, whose input are tokens."""
@@ -184,12 +205,13 @@ class Worker:
     def _collect(self, joined: Joined, micro_batches: Sequence[MicroBatchId]) -> None:
         """Of a member that gets no gradient here what the graph says is 0, and is forgotten."""
         self.trainable.collect(micro_batches)
-        for client in {member.micro_batch.client for member in joined.members} & self.own.keys():
+        for client in {member.micro_batch.client for member in joined.members}:
             of_client = [each for each in micro_batches if each.client == client]
-            if of_client:
-                self.own[client].collect(of_client)
-            else:
-                self.own[client].forget()
+            for trainable in self._of(client):
+                if of_client:
+                    trainable.collect(of_client)
+                else:
+                    trainable.forget()
 
     def _mode(self, train: bool) -> None:
         if self.shard.training != train:
@@ -200,7 +222,8 @@ class Worker:
         if not graph or positions <= self._largest:
             return nullcontext()
         self._largest, self._activations = positions, 0
-        held = [*self.shard.parameters(), *(p for each in self.own.values() for p in each.parameters.values())]
+        adapters = [*self.own.values(), *self.lent.values()]
+        held = [*self.shard.parameters(), *(p for each in adapters for p in each.parameters.values())]
         weights = {parameter.untyped_storage().data_ptr() for parameter in held}
         seen: set[int] = set()
 

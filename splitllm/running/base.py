@@ -14,7 +14,7 @@ from splitllm.model.families import set_dropouts
 from splitllm.model.loading import Checkpoint, quiet_transformers
 from splitllm.preflight import model_config
 from splitllm.recipe import Recipe
-from splitllm.roles.assembly import DTYPES
+from splitllm.roles.adapters import DTYPES
 from splitllm.running.world import World
 
 BASE, BASE_UNFINISHED = "base", ".base.writing"

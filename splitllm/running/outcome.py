@@ -21,7 +21,7 @@ from splitllm.metrics import human_bytes, replace_text
 from splitllm.model.export import PlainBatch, unsplit_model, whole_model_loss, with_adapter
 from splitllm.model.loading import Checkpoint
 from splitllm.recipe import Recipe, changed_keys, dump_recipe, load_recipe, what_leaves_the_device
-from splitllm.roles.assembly import DTYPES
+from splitllm.roles.adapters import DTYPES
 from splitllm.running.base import BASE, BASE_UNFINISHED, base_folder, is_drawn
 from splitllm.running.places import ADAPTER, adapter_folders, where_next
 from splitllm.running.results import export, summary_of

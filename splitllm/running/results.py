@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from splitllm.model.export import save_adapter
+from splitllm.model.export import renew_adapter, save_adapter
 from splitllm.model.lora import lora_config, target_modules
 from splitllm.model.naming import names_in_unsplit, rename_tensors
 from splitllm.preflight import Plan
@@ -39,10 +39,21 @@ def export_of(plan: Plan, directory: Path, tensors: Mapping[str, torch.Tensor], 
     recipe, own = plan.recipe, f"{TENANT}{client}/"
     base = base_folder(recipe, directory)
     modules = names_in_unsplit(base, plan.modules, recipe.model.revision)
-    whole = {name: tensor for name, tensor in tensors.items() if not name.startswith(TENANT)}
-    whole |= {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
+    mine = {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
     config = adapter_config(plan, lora_of(recipe, client), base, modules)
-    save_adapter(adapter_folders(recipe, directory)[client], rename_tensors(whole, modules), config)
+    folder = adapter_folders(recipe, directory)[client]
+    save_adapter(folder, rename_tensors(_common(tensors) | mine, modules), config)
+
+
+def renew(plan: Plan, directory: Path, tensors: Mapping[str, torch.Tensor], client: int) -> None:
+    """Write what is not a client's own into the adapter that was written of one client; the rest stays as it is."""
+    recipe = plan.recipe
+    modules = names_in_unsplit(base_folder(recipe, directory), plan.modules, recipe.model.revision)
+    renew_adapter(adapter_folders(recipe, directory)[client], rename_tensors(_common(tensors), modules))
+
+
+def _common(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(TENANT)}
 
 
 def adapter_config(plan: Plan, lora: LoraRecipe, base: str, modules: Mapping[str, str]) -> Any:

@@ -13,7 +13,6 @@ import torch
 
 from splitllm.deployment.bounds import allowed
 from splitllm.errors import DivergedError, PeerError, RejoinError
-from splitllm.model.trainable import Trainable
 from splitllm.recipe import children_of, clients_below, parent_of
 from splitllm.roles.assembly import batching_of, entries_of
 from splitllm.roles.device import Inline
@@ -62,7 +61,7 @@ def lanes_of(
     batching = batching_of(tree.recipe, worker, Inline())
     gates = {}
     for client in clients_below(tree.recipe, name):
-        own = replace(worker, trainable=Trainable({}, tree.recipe.train.optimizer), own={client: worker.own[client]})
+        own = worker.lane(client)
         past = Past(name, own)
         children = [child for child in children_of(tree.recipe, name) if client in clients_below(tree.recipe, child)]
         top = tree.assembly.top() if parent_of(tree.recipe, name) is None else None

@@ -85,6 +85,9 @@ class Past:
     def adapter(self) -> Tensors:
         return adapter_in(self.state())
 
+    def final_adapter(self) -> Tensors:
+        return self.adapter()
+
     def closing_words(self) -> dict[str, Any]:
         return {"rss_mib": 1.0}
 

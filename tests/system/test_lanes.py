@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from splitllm.metrics import read_records
 from splitllm.recipe import load_recipe
 from splitllm.train import train
+from tests.deployment.lanes import kept
 from tests.faults.deployment import Deployment, deployed
 from tests.tiny import write_recipe
 
@@ -21,17 +23,16 @@ pytestmark = pytest.mark.system
 
 STEPS = 60
 CLIENTS = [f"client-{number}" for number in range(4)]
-COMMON = (
+TRAIN = (
     f"train.steps={STEPS}",
     "train.log_every=1",
     "train.eval_every=20",
     "wire.keepalive=0.25",
     "model.dtype=float64",
     "model.dropout=0",
-    "split.tiers={client: 4, edge: 2, cloud: 1}",
     "split.client_cuts={client-1: 2, client-2: 2}",
-    "lora.adapters=per_client",
 )
+PER_CLIENT = ("split.tiers={client: 4, edge: 2, cloud: 1}", "lora.adapters=per_client")
 CONTINUOUS = ("server.batching=continuous", "server.gradient_wait=0.02")
 
 
@@ -65,7 +66,7 @@ def until_all_did(deployment: Deployment, step: int) -> None:
 @pytest.mark.parametrize("labels", ["client", "cloud"])
 def test_whoever_is_killed_every_client_learns_what_it_learns_undisturbed(labels: str, tmp_path: Path) -> None:
     recipe, drawn = write_recipe(tmp_path), random.Random(time.time_ns())
-    words = (*COMMON, f"split.labels={labels}")
+    words = (*TRAIN, *PER_CLIENT, f"split.labels={labels}")
     with deployed(recipe, tmp_path / "run", *words, *CONTINUOUS) as deployment:
         deployment.start()
         until_all_did(deployment, drawn.randint(1, 8))
@@ -111,3 +112,31 @@ def test_whoever_is_killed_every_client_learns_what_it_learns_undisturbed(labels
                 assert error <= 1e-9, f"{name}: {key} is off by {error:.1e}"
         summary = (deployment.folder / "cloud" / "summary.json").read_text()
         assert '"train_tokens"' in summary
+
+
+def test_whoever_is_killed_every_step_is_in_what_is_common_once(tmp_path: Path) -> None:
+    recipe, drawn = write_recipe(tmp_path), random.Random(time.time_ns())
+    words = (*TRAIN, *CONTINUOUS, "split.tiers={client: 4, edge: 1, cloud: 1}", "lora.adapters=common")
+    with deployed(recipe, tmp_path / "run", *words, "server.step_tenants=3") as deployment:
+        deployment.start()
+        until_all_did(deployment, drawn.randint(1, 8))
+        for role in ("client-1", "edge", "client-2", "cloud", "edge"):
+            time.sleep(drawn.random() / 3)
+            assert not deployment.said("cloud", "done"), f"it is over before {role} is killed"
+            deployment.kill(role)
+            deployment.start(role)
+            goal = min(STEPS, min(last_steps(deployment).values()) + 2)
+            until_all_did(deployment, goal)
+        assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
+        assert steps_of(deployment) == Counter((name, step) for name in CLIENTS for step in range(1, STEPS + 1))
+        for server in ("edge", "cloud"):
+            values = kept(deployment.folder / server)
+            assert values["given"] == {str(client): STEPS for client in range(4)}
+            assert values["changes"] == 4 * STEPS + values["steps"] and values["steps"] == 4 * STEPS // 3
+        first, *others = adapters(deployment.folder / "cloud").values()
+        for key, tensor in first.items():
+            if ".h.2." in key or ".h.3." in key:
+                assert all(torch.equal(other[key], tensor) for other in others), key
+        records = read_records(deployment.folder / "cloud" / "metrics.jsonl")
+        losses = [record["loss"] for record in records if record["event"] == "eval"]
+        assert sum(losses[-4:]) < sum(losses[:4])

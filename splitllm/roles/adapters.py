@@ -1,0 +1,136 @@
+"""Which adapters a role trains: put into its shard, started as the recipe says, each with its optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from splitllm.model.common import Buffer, Common
+from splitllm.model.export import load_adapter
+from splitllm.model.families import layout_of
+from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, block_of, in_model
+from splitllm.model.naming import in_text_model
+from splitllm.model.shard import Shard
+from splitllm.model.tenants import Tenants
+from splitllm.model.trainable import Trainable
+from splitllm.recipe import Recipe, client_cuts, client_names, clients_below, lora_of, own_blocks
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+Parameters = dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What trains in one shard, as in `Worker`."""
+
+    together: Trainable
+    own: Mapping[int, Trainable] = field(default_factory=dict)
+    lent: Mapping[int, Trainable] = field(default_factory=dict)
+    common: Common | None = None
+
+
+@dataclass
+class Adapters:
+    """Puts adapters into the shards of a run.
+
+    Attributes:
+        recipe: LoRA, optimiser and what servers do are read.
+        config: of the whole text model.
+        modules: what LoRA adapts.
+        device: where they train.
+        lanes: whether servers serve every client in a lane of its own, where nobody steps together with others.
+    """
+
+    recipe: Recipe
+    config: PreTrainedConfig
+    modules: Sequence[str]
+    device: torch.device
+    lanes: bool = False
+
+    def of_client(self, shard: Shard, client: int) -> Trained:
+        """A client's: its own, or its copy of the one that all share."""
+        if not self._own:
+            return Trained(self._trainable(self._together(shard)))
+        add_lora(shard, lora_of(self.recipe, client), self.modules, self.recipe.seed)
+        return Trained(self._trainable({}), {client: self._trainable(self._started(shard))})
+
+    def of_server(self, shard: Shard, name: str) -> Trained:
+        """A server's: what is trained together, and the own ones of all clients below it."""
+        if self.lanes:
+            return self._in_lanes(shard, name)
+        together = self._trainable(self._together(shard))
+        own = self._of_clients(shard, name, self._own) if self._own else {}
+        return Trained(together, {client: self._trainable(parameters) for client, parameters in own.items()})
+
+    def _in_lanes(self, shard: Shard, name: str) -> Trained:
+        """Each client computes with parameters of its own, also where they are copies of what is common."""
+        own, copies = dict[int, Trainable](), dict[int, Parameters]()
+        for client, parameters in self._of_clients(shard, name, range(self.config.num_hidden_layers)).items():
+            mine = {n: p for n, p in parameters.items() if block_of(self.config, in_model(n)) in self._own}
+            own[client] = self._trainable(mine)
+            copies[client] = {n: p for n, p in parameters.items() if n not in mine}
+        first = next(iter(copies.values()))
+        if not first:
+            return Trained(self._trainable({}), own)
+        common = Common(
+            self._trainable({n: nn.Parameter(p.detach().clone()) for n, p in first.items()}), buffer_of(self.recipe)
+        )
+        lent = {client: self._trainable(parameters) for client, parameters in copies.items()}
+        for copy in lent.values():
+            common.lend(copy)
+        return Trained(self._trainable({}), own, lent, common)
+
+    def _together(self, shard: Shard) -> Parameters:
+        """What roles train together."""
+        modules = [name for name in self.modules if block_of(self.config, name) not in self._own]
+        add_lora(shard, self.recipe.lora, modules, self.recipe.seed)
+        return self._started(shard)
+
+    def _of_clients(self, shard: Shard, name: str, blocks: range) -> dict[int, Parameters]:
+        """One adapter for each client below a server, in these blocks."""
+        recipe, cuts = self.recipe, client_cuts(self.recipe)
+        tenants = Tenants(shard, self.modules, blocks, recipe.seed)
+        dtype, found = adapter_dtype(DTYPES[recipe.model.dtype]), dict[int, Parameters]()
+        for client in clients_below(recipe, name):
+            found[client] = tenants.add(client, cuts[client], lora_of(recipe, client), dtype, self.device)
+            self._start(found[client])
+        return found
+
+    def _trainable(self, parameters: Mapping[str, nn.Parameter]) -> Trainable:
+        return Trainable(parameters, self.recipe.train.optimizer)
+
+    def _started(self, shard: Shard) -> Parameters:
+        """The adapter that was put into a shard, where it trains, as the run starts it."""
+        parameters = adapter_parameters(shard.to(self.device))
+        self._start(parameters)
+        return parameters
+
+    def _start(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Go on from the adapter that the recipe names; a new one is as it is."""
+        for name, tensor in self._start_from.items():
+            if name in parameters:
+                parameters[name].data.copy_(tensor)
+
+    @cached_property
+    def _own(self) -> range:
+        return own_blocks(self.recipe, self.config.num_hidden_layers)
+
+    @cached_property
+    def _start_from(self) -> dict[str, torch.Tensor]:
+        """What all adapters start from, by the text model's names; nothing for new ones."""
+        folder = self.recipe.lora.start_from
+        return {} if folder is None else in_text_model(load_adapter(Path(folder))[1], layout_of(self.config))
+
+
+def buffer_of(recipe: Recipe) -> Buffer:
+    """When what is common steps; by default when as many steps have closed as there are clients."""
+    server, by_labels = recipe.server, recipe.train.loss_weights == "token"
+    if server.step_tenants is None and server.step_tokens is None:
+        return Buffer(len(client_names(recipe)), None, by_labels)
+    return Buffer(server.step_tenants, server.step_tokens, by_labels)

@@ -1,0 +1,149 @@
+"""Clients that go at their own pace and train the blocks above them together: real roles over gRPC."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from splitllm.deployment.held import Held
+from splitllm.deployment.journal import Journal
+from splitllm.errors import CheckpointError
+from splitllm.metrics import read_records
+from splitllm.model.common import Buffer, Common, Gift
+from splitllm.model.trainable import Trainable
+from splitllm.recipe import OptimizerRecipe, Recipe
+from splitllm.train import train
+from tests.deployment.lanes import adapter, adapters, deployed, kept, with_ports
+from tests.tiny import write_recipe
+from tests.wire.serving import run
+
+WORDS = (
+    "train.log_every=1",
+    "model.dtype=float64",
+    "model.dropout=0",
+    "split.tiers={client: 3, edge: 1, cloud: 1}",
+    "split.client_cuts={client-2: 2}",
+    "lora.adapters=common",
+    "train.clip_norm=null",
+    "server.wait=0.03",
+    "train.schedule={name: constant}",
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+def recipe_of(path: Path, *words: str) -> Recipe:
+    return with_ports(path, *WORDS, "server.batching=continuous", *words)
+
+
+def deploy(recipe: Recipe, folder: Path) -> None:
+    async def test() -> None:
+        async with deployed(recipe, folder) as tasks:
+            for task in tasks.values():
+                await task
+
+    run(test, 60)
+
+
+def errors(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """Of every tensor, as a share of its largest value."""
+    pairs = {(name, key): (found[name][key], tensor) for name in expected for key, tensor in expected[name].items()}
+    return {
+        f"{n}: {k}": float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for (n, k), (a, b) in pairs.items()
+    }
+
+
+@pytest.mark.parametrize("labels", ["client", "cloud"])
+def test_one_step_of_all_is_that_of_the_mean_of_them(path: Path, tmp_path: Path, labels: str) -> None:
+    words = ("train.steps=1", f"split.labels={labels}", "train.loss_weights=tenant")
+    train(with_ports(path, *WORDS, *words), tmp_path / "alike" / "cloud")
+    deploy(recipe_of(path, *words), tmp_path)
+    found = errors(adapters(tmp_path), adapters(tmp_path / "alike"))
+    assert not {key: error for key, error in found.items() if error > 1e-9}
+
+
+def test_one_client_alone_learns_what_it_learns_in_train(path: Path, tmp_path: Path) -> None:
+    words = (
+        "split.tiers={client: 1, edge: 1, cloud: 1}",
+        "split.client_cuts={}",
+        "train.steps=4",
+        "train.clip_norm=0.1",
+    )
+    words = (*words, "train.clip_norm=0.1")
+    train(with_ports(path, *WORDS, *words), tmp_path / "alike")
+    deploy(recipe_of(path, *words), tmp_path)
+    found, expected = (adapter(place / "adapter" / "client") for place in (tmp_path / "cloud", tmp_path / "alike"))
+    assert not {key: error for key, error in errors({"": found}, {"": expected}).items() if error > 1e-9}
+
+
+@pytest.mark.parametrize(
+    ("when", "optimizer_steps"),
+    [("step_tenants=1", 12), ("step_tenants=2", 6), ("step_tenants=5", 3), ("step_tokens=1", 12)],
+)
+def test_every_step_of_every_client_is_in_it_once(path: Path, tmp_path: Path, when: str, optimizer_steps: int) -> None:
+    deploy(recipe_of(path, "train.steps=4", f"server.{when}"), tmp_path)
+    for server in ("edge", "cloud"):
+        values = kept(tmp_path / server)
+        assert values["given"] == {"0": 4, "1": 4, "2": 4} and values["steps"] == optimizer_steps
+        assert values["changes"] == 12 + optimizer_steps and values["pending"][:3] == [0, 0, 0.0]
+    losses = [r["loss"] for r in read_records(tmp_path / "cloud" / "metrics.jsonl") if r["event"] == "eval"]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    first, *others = adapters(tmp_path).values()
+    for key, tensor in first.items():
+        together = ".h.2." in key or ".h.3." in key
+        assert all(torch.equal(other[key], tensor) == together for other in others) or "lora_A" in key
+
+
+def common() -> Common:
+    return Common(Trainable({"a": nn.Parameter(torch.ones(3))}, OptimizerRecipe()), Buffer(2))
+
+
+def held(of: Common, folder: Path, *, new: bool = True) -> Held:
+    return Held(of, Journal(folder, {"role": "edge"}), 2, [0, 1], new=new)
+
+
+def give(to: Common, client: int, step: int) -> None:
+    to.give(Gift(client, step, 1, 1), {"a": torch.tensor([1.0, 2.0, 3.0 + step + client])}, 1.0, 1.0)
+
+
+def test_an_older_state_never_replaces_a_newer_one(tmp_path: Path) -> None:
+    first = common()
+    keeper = held(first, tmp_path)
+    give(first, 0, 0)
+    older = keeper.keeping()
+    give(first, 1, 0)
+    newer = keeper.keeping()
+    give(first, 0, 1)
+    newer()
+    older()
+    keeper._journal.close()
+    second = common()
+    held(second, tmp_path, new=False)
+    assert second.given == {0: 1, 1: 1} and second.steps == 1
+    give(second, 0, 1)
+    assert torch.equal(first.adapter()["a"], second.adapter()["a"]) and first.state()[1] == second.state()[1]
+
+
+def test_what_is_pending_is_stepped_by_once_nothing_more_will_come(tmp_path: Path) -> None:
+    of = common()
+    keeper = held(of, tmp_path)
+    for client, step in ((0, 0), (0, 1), (1, 0)):
+        give(of, client, step)
+    before = keeper.final()["a"]
+    assert of.steps == 1
+    keeper.over(1)
+    assert not torch.equal(keeper.final()["a"], before) and of.steps == 2
+    keeper.final()
+    assert of.steps == 2
+
+
+def test_what_is_common_is_not_begun_anew_where_lanes_have_gone_on(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"in common is missing, though they have committed steps; give a new"):
+        held(common(), tmp_path, new=False)
