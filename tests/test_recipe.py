@@ -129,7 +129,11 @@ WRONG = [
         "lora.clients={client-1: {rank: 4}}",
         "needs lora.adapters: per_client, not shared; use that",
     ),
-    ("server.batching=continuous", "which needs lora.adapters: per_client, not shared, where they step together"),
+    (
+        "server.batching=continuous",
+        "at their own pace, so that they cannot step one adapter of their blocks together; use",
+    ),
+    ("server.step_tenants=2", "server.step_tenants: 2 needs server.batching: continuous and lora.adapters: common"),
     ("lora.tiers=[edge, clod]", "lora.tiers: 'clod' is not a tier of split.tiers; use some of client, edge, cloud"),
     ("lora.tiers=edge", "lora.tiers: 'edge' is not allowed; use a list of tier names"),
     ("lora.tiers=[]", "lora.tiers: [] is not allowed; use a list of tier names, such as [edge, cloud], or null"),

@@ -74,6 +74,14 @@ def own_blocks(recipe: Recipe, layers: int) -> range:
     return range(above[recipe.lora.adapters])
 
 
+def lent_blocks(recipe: Recipe, layers: int) -> range:
+    """The blocks above those in which a server computes every client with a copy of what is common.
+
+    None but where clients go at their own pace: a copy stays as it is while a step of its client is open.
+    """
+    return range(own_blocks(recipe, layers).stop, layers) if goes_by_lanes(recipe) else range(0)
+
+
 def holders(recipe: Recipe, layers: int) -> list[int]:
     """For each block, how many roles hold an adapter of it that they train together."""
     counts, own = [0] * layers, own_blocks(recipe, layers)

@@ -24,7 +24,8 @@ from splitllm.model.memory import (
 )
 from splitllm.model.shard import Shard
 from splitllm.model.trainable import Trainable
-from splitllm.recipe import OptimizerRecipe, Recipe, clients_below
+from splitllm.recipe import OptimizerRecipe, Recipe, clients_below, role_bounds
+from splitllm.roles.assembly import Assembly
 from splitllm.roles.worker import Worker
 from tests.families import CONFIGS, LAYERS, TARGETS, checkpoint_folder, corpus, recipe, roles_of
 
@@ -108,6 +109,33 @@ def test_a_run_holds_what_is_priced(labels: str, adapters: str) -> None:
             own = [tenant_price(wanted, config, modules, name, client) for client in tenants]
             assert price.weights == peak["weights"]
             assert sum(p.adapter + p.optimizer for p in (price, *own)) == peak["adapter and optimiser"], name
+
+
+def test_what_clients_at_their_own_pace_hold_is_priced_with_a_copy_for_each() -> None:
+    wanted = recipe(
+        "gpt2",
+        [2, 4],
+        split={"tiers": {"client": 2, "edge": 1, "cloud": 1}, "client_cuts": {"client-1": 3}},
+        lora={"adapters": "common"},
+        server={"batching": "continuous"},
+    )
+    checkpoint, modules = Checkpoint(checkpoint_folder("gpt2")), modules_of("gpt2")
+    layers = checkpoint.config.num_hidden_layers
+    assembly = Assembly(
+        wanted, corpus(2), checkpoint, modules, role_bounds(wanted, layers), lambda step: 1.0, lanes=True
+    )
+    worker = assembly.worker(1, 0)
+    assert worker.common is not None
+    for trainable in (worker.common.trainable, *worker.own.values()):
+        stepped(trainable)
+    own = [tenant_price(wanted, checkpoint.config, modules, "edge", client) for client in range(2)]
+    price = role_price(wanted, checkpoint.config, modules, "edge")
+    lent = sum(p.nbytes for copy in worker.lent.values() for p in copy.parameters.values())
+    assert (
+        sum(p.adapter + p.optimizer for p in (price, *own)) == worker.peak()["adapter and optimiser"] + lent > lent > 0
+    )
+    mine = sum(p.nbytes for trainable in worker.own.values() for p in trainable.parameters.values())
+    assert sum(p.gradients for p in own) == mine + lent
 
 
 def test_a_total_is_the_sum_of_its_parts() -> None:

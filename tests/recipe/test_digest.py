@@ -59,6 +59,8 @@ COUNTED = {  # another value of every key that must be equal on all machines
     "train.processes": 2,
     "train.eval_every": 5,
     "server.memory_mib": 5,
+    "server.step_tenants": 5,
+    "server.step_tokens": 5,
     "wire.up": "int8",
     "wire.down": "topk:0.05",
     "wire.feedback_mib": 0,
@@ -92,6 +94,16 @@ TOGETHER = {  # what a key above cannot be without
     "data.partition.alpha": ["data.partition={by: dirichlet, field: topic, alpha: 1.0}"],
     "data.pack": ["data.format=text"],
     "lora.clients": ["lora.adapters=per_client"],
+    "server.step_tenants": [
+        "server.batching=continuous",
+        "lora.adapters=common",
+        "split.tiers={client: 4, edge: 1, cloud: 1}",
+    ],
+    "server.step_tokens": [
+        "server.batching=continuous",
+        "lora.adapters=common",
+        "split.tiers={client: 4, edge: 1, cloud: 1}",
+    ],
 }
 
 
