@@ -131,7 +131,7 @@ WRONG = [
     ),
     (
         "server.batching=continuous",
-        "at their own pace, so that they cannot step one adapter of their blocks together; use",
+        "so that they cannot step one adapter of their blocks together; use lora.adapters: common",
     ),
     ("server.step_tenants=2", "server.step_tenants: 2 needs server.batching: continuous and lora.adapters: common"),
     ("lora.tiers=[edge, clod]", "lora.tiers: 'clod' is not a tier of split.tiers; use some of client, edge, cloud"),

@@ -45,7 +45,8 @@ def journals_of(station: Station) -> dict[int, Journal]:
 
 def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, uplink: RemoteLink | None) -> Door:
     """The server with its door, of an edge or, where there is no uplink, of the top."""
-    batching = batching_of(station.recipe, worker, station.device)
+    taken_in = station.plan.admissions.get(station.name)
+    batching = batching_of(station.recipe, worker, station.device, taken_in.room if taken_in is not None else None)
     metrics = Metrics(station.options.directory, steps=station.recipe.train.steps, console=Console(quiet=True))
     if uplink is None:
         _say_what_is_left_out(station.recipe)

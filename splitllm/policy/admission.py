@@ -73,7 +73,7 @@ def admit_all(
         free -= one.bytes if isinstance(one, Admitted) else 0
     inside = [client for client, one in outcome.items() if isinstance(one, Admitted)]
     free += sum(price(client, 1) for client in inside)
-    rows = _most(wanted, lambda rows: sum(price(client, rows) for client in inside) <= free)
+    rows = most_rows(wanted, lambda rows: sum(price(client, rows) for client in inside) <= free)
     free -= sum(price(client, rows) for client in inside)
     for client in inside:
         more = {size: price(client, size) - price(client, rows) for size in (rows, min(rows + 1, wanted))}
@@ -84,8 +84,8 @@ def admit_all(
     return outcome
 
 
-def _most(wanted: int, fits: Callable[[int], bool]) -> int:
-    """The largest number of rows from 1 to `wanted` that fits; 1 is known to."""
+def most_rows(wanted: int, fits: Callable[[int], bool]) -> int:
+    """The largest number of rows from 1 to `wanted` that fits; 1 is taken to."""
     if fits(wanted):
         return wanted
     low, high = 1, wanted
@@ -99,6 +99,6 @@ def _line(needed: int, size: int, free: int) -> str:
     """In whole MiB, rounded so that what is free is never said to be enough."""
     need, have = -(-needed // MIB), free // MIB
     return (
-        f"a client of batch size {size} needs {need} MiB of the server's memory, {have} MiB are free: raise "
+        f"a client of batch size {size} needs {need} MiB of the server's memory, {max(0, have)} MiB are free: raise "
         f"server.memory_mib by {need - have}, set a smaller data.max_length, or train.activation_checkpointing: true"
     )

@@ -12,7 +12,8 @@ The rules of `compose`, in their order:
    whose lengths are so near that little becomes padding. Who does not fit is passed over, this time; the head never
    is.
 5. **Memory.** If there is too little for the first, one that needs less may be the head, until the first is overdue:
-   then no activations run before there is enough for it. What is under way ends, so there will be.
+   then no activations run before there is enough for it. What is under way ends, or is let go to run again, so there
+   will be.
 6. **Waiting for company.** A batch with room left, which holds all that is ready, waits if more is expected, until
    one of its requests has waited for `wait`. While anything else is ready, the device does not idle for company.
 

@@ -6,16 +6,41 @@ same batch size whoever came before it, again after a restart of its server, and
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
 from splitllm.errors import RecipeError
-from splitllm.model.memory import role_price, tenant_price
-from splitllm.policy.admission import MIB, Admitted, Refused, admit_all
-from splitllm.recipe import Recipe, client_cuts, client_names, clients_below, lora_of, role_names
+from splitllm.model.joined import Rows
+from splitllm.model.memory import Price, role_price, tenant_price
+from splitllm.policy.admission import MIB, Admitted, Refused, admit_all, most_rows
+from splitllm.recipe import Recipe, client_cuts, client_names, clients_below, goes_by_lanes, lora_of, role_names
+
+Prices = Callable[[int, int], Price]
+PADDED = 0.25  # share of a batch's positions that may be padding, as in `policy.batching.Budget`
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory for graphs between forward and backward, where clients at their own pace take turns for it.
+
+    Attributes:
+        bytes: of it, for at least one micro-batch of any client; one that comes late has as much beside it.
+        graphs: cut layer -> bytes of the largest graph of a client that is cut there.
+        positions: of that micro-batch.
+    """
+
+    bytes: int
+    graphs: Mapping[int, int]
+    positions: int
+
+    def price(self, rows: Rows) -> int:
+        """Bytes that the graph of a micro-batch takes at most, beside others to whose length it is padded."""
+        positions = len(rows.lengths) * max(rows.lengths) / (1 - PADDED)
+        return min(self.bytes, math.ceil(self.graphs[rows.entry] * positions / self.positions))
 
 
 @dataclass(frozen=True)
@@ -26,11 +51,13 @@ class Admission:
         budget: bytes of `server.memory_mib`.
         own: bytes that the server holds before any client comes.
         clients: number -> whether it may come, and with what batch size.
+        room: for the graphs of all clients; None where each has memory for its own set aside.
     """
 
     budget: int
     own: int
     clients: Mapping[int, Admitted | Refused]
+    room: Room | None = None
 
     @property
     def admitted(self) -> dict[int, Admitted]:
@@ -52,7 +79,8 @@ def admissions(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str])
     """Server -> whom it takes in, of all servers right above clients; none where `server.memory_mib` says nothing.
 
     A client is priced with rows of `data.max_length` and as many micro-batches between forward and backward as
-    `train` allows it.
+    `train` allows it. Where clients go at their own pace they take turns for the graphs of these: then there must be
+    room for one.
 
     Args:
         recipe: as it was resolved.
@@ -65,19 +93,18 @@ def admissions(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str])
     return {server: _admission(recipe, config, modules, server) for server in servers}
 
 
-def batch_sizes(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str]) -> dict[int, int]:
+def batch_sizes(recipe: Recipe, found: Mapping[str, Admission]) -> dict[int, int]:
     """Client -> rows of a micro-batch, where every client takes part.
 
     Args:
         recipe: as it was resolved.
-        config: of the whole text model.
-        modules: global names of the modules that LoRA adapts.
+        found: whom its servers take in.
 
     Raises:
         RecipeError: a server refuses one.
     """
     sizes = dict.fromkeys(range(len(_names(recipe))), recipe.train.batch_size)
-    for server, admission in admissions(recipe, config, modules).items():
+    for server, admission in found.items():
         if admission.refused:
             raise RecipeError([_refusal(recipe, server, admission)])
         sizes |= admission.batch_sizes
@@ -104,6 +131,8 @@ def lines_of(recipe: Recipe, found: Mapping[str, Admission]) -> list[str]:
         if admission.refused:
             sizes.append(f"but not {len(admission.refused)}, {_names(recipe)[min(admission.refused)]} the first")
         held = f"{admission.own / MIB:.1f} of {admission.budget // MIB} MiB are its own"
+        if admission.room is not None:
+            held += f", {admission.room.bytes / MIB:.1f} for activations by turns"
         lines.append(f"memory of {server}: {held}; of its clients it takes in {', '.join(sizes)}")
     return lines
 
@@ -121,18 +150,48 @@ def _own_line(server: str, admission: Admission) -> str:
 def _admission(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], server: str) -> Admission:
     assert recipe.server.memory_mib is not None
     budget, own = recipe.server.memory_mib * MIB, role_price(recipe, config, modules, server).total
+    clients, prices = clients_below(recipe, server), _prices(recipe, config, modules, server)
+    if goes_by_lanes(recipe):
+        return _by_turns(recipe, Admission(budget, own, {}), clients, prices)
+    price = lambda client, rows: prices(client, rows).total  # noqa: E731
+    return Admission(budget, own, admit_all(price, clients, budget - own, recipe.train.batch_size))
+
+
+def _by_turns(recipe: Recipe, bare: Admission, clients: Sequence[int], prices: Prices) -> Admission:
+    """All with the same number of rows: the largest for which there is room for two graphs of any client."""
+    cuts, free = client_cuts(recipe), bare.budget - bare.own
+
+    def graphs(rows: int) -> dict[int, int]:
+        return {cuts[client]: prices(client, rows).activations for client in clients}
+
+    def outcome(rows: int) -> dict[int, Admitted | Refused]:
+        left = free - 2 * max(graphs(rows).values())
+        return admit_all(lambda c, r: prices(c, r).total - prices(c, r).activations, clients, left, rows)
+
+    def fits(rows: int) -> bool:
+        return all(isinstance(one, Admitted) and one.batch_size == rows for one in outcome(rows).values())
+
+    rows = most_rows(recipe.train.batch_size, fits)
+    taken_in, largest = outcome(rows), max(graphs(rows).values())
+    left = free - sum(one.bytes for one in taken_in.values() if isinstance(one, Admitted))
+    room = Room(max(largest, left - largest), graphs(rows), rows * recipe.data.max_length)
+    return replace(bare, clients=taken_in, room=room)
+
+
+def _prices(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], server: str) -> Prices:
+    """Client and rows -> what it costs; with the graph of one micro-batch where clients take turns for it."""
     cuts, under_way = client_cuts(recipe), min(recipe.train.in_flight, recipe.train.accumulate)
-    costs: dict[tuple[int, str, int], int] = {}
+    found: dict[tuple[int, str, int], Price] = {}
 
-    def price(client: int, rows: int) -> int:
+    def price(client: int, rows: int) -> Price:
         kind = cuts[client], lora_of(recipe, client).model_dump_json(), rows  # these cost alike
-        if kind not in costs:
-            costs[kind] = tenant_price(recipe, config, modules, server, client, rows=rows, in_flight=under_way).total
-        return costs[kind]
+        if kind not in found:
+            one = tenant_price(recipe, config, modules, server, client, rows=rows)
+            all_ = tenant_price(recipe, config, modules, server, client, rows=rows, in_flight=under_way)
+            found[kind] = replace(all_, activations=one.activations) if goes_by_lanes(recipe) else all_
+        return found[kind]
 
-    return Admission(
-        budget, own, admit_all(price, clients_below(recipe, server), budget - own, recipe.train.batch_size)
-    )
+    return price
 
 
 def _names(recipe: Recipe) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from transformers import get_scheduler
@@ -28,7 +29,7 @@ from splitllm.recipe import (
     tier_of,
 )
 from splitllm.roles.adapters import DTYPES, Adapters
-from splitllm.roles.admission import batch_sizes
+from splitllm.roles.admission import PADDED, Admission, Room, admissions, batch_sizes
 from splitllm.roles.batcher import Alone, Synchronous
 from splitllm.roles.client import Client
 from splitllm.roles.continuous import Continuous
@@ -184,11 +185,18 @@ class Assembly:
             summed=self.summed(worker),
             entries=entries_of(self.recipe, name) if worker is not None else {},
             schedule=self.schedule,
-            batching=batching_of(self.recipe, worker, Inline()) if worker is not None else None,
+            batching=batching_of(self.recipe, worker, Inline(), self._room(name)) if worker is not None else None,
         )
 
+    @cached_property
+    def _admissions(self) -> dict[str, Admission]:
+        return admissions(self.recipe, self.checkpoint.config, self.modules)
+
+    def _room(self, name: str) -> Room | None:
+        return self._admissions[name].room if name in self._admissions else None
+
     def _clients(self, indices: Sequence[int], parents: Mapping[int, Server]) -> None:
-        train, rows = self.recipe.train, batch_sizes(self.recipe, self.checkpoint.config, self.modules)
+        train, rows = self.recipe.train, batch_sizes(self.recipe, self._admissions)
         for index in indices:
             stream = BatchStream(self.corpus.train[index], rows[index], self.recipe.seed, index)
             worker = self.worker(0, index)
@@ -275,12 +283,14 @@ def coding_of(recipe: Recipe, name: str) -> Coding:
     return Coding(wire.up, wire.down, wire.feedback_mib * MIB // max(1, ends))
 
 
-def batching_of(recipe: Recipe, worker: Worker, device: Device) -> Batching:
-    """What runs the micro-batches of a server."""
+def batching_of(recipe: Recipe, worker: Worker, device: Device, room: Room | None = None) -> Batching:
+    """What runs the micro-batches of a server, continuous ones within the room that there is for their graphs."""
     server, runner = recipe.server, Runner(worker, device)
-    budget = Budget(server.tokens, UNLIMITED, server.wait, server.starve, overhead=BATCH_OVERHEAD)
+    memory = UNLIMITED if room is None else room.bytes
+    budget = Budget(server.tokens, memory, server.wait, server.starve, PADDED, BATCH_OVERHEAD)
     if server.batching == "continuous":
-        return Continuous(runner, budget, server.gradient_wait, weights_of(recipe))
+        price = (lambda rows: 0) if room is None else room.price
+        return Continuous(runner, budget, server.gradient_wait, weights_of(recipe), price)
     return Synchronous(runner, budget) if server.batching == "synchronous" else Alone(runner)
 
 

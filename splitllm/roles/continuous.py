@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from splitllm.model.joined import Joined
+from splitllm.model.joined import Joined, Rows
 from splitllm.model.randomness import MicroBatchId
 from splitllm.policy.batching import Budget, Request, Wait, cohort, compose
 from splitllm.roles import questions
@@ -94,10 +95,11 @@ class Continuous:
 
     Args:
         runner: of the server.
-        budget: of a batch; its bytes are those of all graphs that are held at once.
+        budget: of a batch; its bytes are those of all graphs that are held at once, beside one of a micro-batch that is
+            late.
         patience: seconds for which gradients wait for others of their batch.
         weights: client number as text -> its weight; 1 for the others.
-        price: bytes that a micro-batch's graph takes.
+        price: bytes that a micro-batch's graph takes, at most those of the budget.
         clock: seconds.
     """
 
@@ -107,7 +109,7 @@ class Continuous:
         budget: Budget,
         patience: float,
         weights: Mapping[str, float] | None = None,
-        price: Callable[[Ask], int] = lambda ask: 0,
+        price: Callable[[Rows], int] = lambda rows: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner, self.budget, self.patience = runner, budget, patience
@@ -184,13 +186,17 @@ class Continuous:
     async def _go_backward(self, graph: Graph) -> None:
         """For those that are there; from here on the others are late."""
         self.runner.device.occupancy.waits(-1)
-        self._late.update({id(late.run): late for late in graph.missing.values()})
-        self._say({micro_batch.client for micro_batch in graph.missing})
-        del self._graphs[id(graph.joined)]
+        self._leave_behind(graph)
         members = [member.micro_batch for member in graph.joined.members]
         batch = [graph.here[micro_batch] for micro_batch in members if micro_batch in graph.here]
         await self.runner.answer(questions.backward, batch, urgent=True)
         self._freed(graph)
+
+    def _leave_behind(self, graph: Graph) -> None:
+        """Those whose gradients have not come are late."""
+        self._late.update({id(late.run): late for late in graph.missing.values()})
+        self._say({micro_batch.client for micro_batch in graph.missing})
+        del self._graphs[id(graph.joined)]
 
     def _let_go(self, graph: Graph) -> None:
         if self._graphs.pop(id(graph.joined), None) is not None:
@@ -221,9 +227,12 @@ class Continuous:
         return gradient
 
     async def _go_together_again(self) -> None:
-        """Those that are late, as many as make one batch."""
-        requests = [request_of(number, waiting, urgent=True) for number, waiting in self._again.items()]
-        batch = [self._again.pop(number) for number in cohort(requests, self.budget)[0]]
+        """Those that are late, as many as make one batch in the memory that is free, or one of them beside that."""
+        requests = [
+            request_of(number, waiting, urgent=False, held=self.price(waiting.rows))
+            for number, waiting in self._again.items()
+        ]
+        batch = [self._again.pop(number) for number in cohort(requests, self._free())[0]]
         self.runner.device.occupancy.waits(-len(batch))
         await self.runner.answer(forward_and_backward, batch, urgent=True)
 
@@ -231,7 +240,7 @@ class Continuous:
 
     async def _turn(self, job: Job[Any, Any], ask: Ask, question: Any) -> Any:
         number, waiting = next(self._numbers), Waiting(ask.rows, question)
-        held = self.price(ask) if ask.train else 0
+        held = self.price(ask.rows) if ask.train else 0
         request = request_of(number, waiting, urgent=False, arrived=self.clock(), held=held)
         self._ready[number] = Ready(request, job, ask.train, waiting)
         self.runner.device.occupancy.waits()
@@ -291,13 +300,32 @@ class Continuous:
                 await self._go_together_again()
                 continue
             kind = self._kind()
-            budget = replace(self.budget, bytes=self.budget.bytes - self._held)
-            decision = compose([ready.request for ready in kind], self.clock(), budget, self.weights, more=True)
+            requests = [ready.request for ready in kind]
+            decision = compose(requests, self.clock(), self._free(), self.weights, more=True)
+            if isinstance(decision, Wait) and decision.lacking:
+                await self._wait_for_memory(min(ready.request.arrived for ready in kind))
+                continue
             if isinstance(decision, Wait):
                 await self._wait(decision.until)
                 continue
             chosen = [self._ready.pop(number) for number in decision.ids]
             await self._go_forward(chosen)
+
+    def _free(self) -> Budget:
+        """With the memory that no graph holds."""
+        return replace(self.budget, bytes=self.budget.bytes - self._held)
+
+    async def _wait_for_memory(self, since: float) -> None:
+        """Until some is freed; for one who has waited for too long the oldest graph is let go: its members are late."""
+        oldest = next((graph for graph in self._graphs.values() if not graph.due), None)
+        due = since + self.budget.starve if oldest is not None else math.inf
+        if oldest is None or self.clock() <= due:
+            await self._wait(due)
+        elif oldest.here:
+            self._stand_in_line(oldest)
+        else:
+            self._leave_behind(oldest)
+            self._freed(oldest)
 
     async def _wait(self, until: float) -> None:
         seconds = until - self.clock()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from splitllm.deployment import admission, server
@@ -24,9 +25,11 @@ from splitllm.roles.admission import admissions
 from splitllm.train import train
 from splitllm.wire.message import Message
 from splitllm.wire.stream import Refused
+from tests.deployment.lanes import adapter, deployed, with_ports
 from tests.processes import free_port
 from tests.roles.tree import same
 from tests.tiny import write_recipe
+from tests.wire import serving
 
 TWO = ["split.tiers={client: 2, cloud: 1}", "split.cuts=[2]", "train.threads=1", "server.memory_mib=1"]
 SMALLER = [*TWO, "train.batch_size=8", "model.dropout=0.0"]
@@ -212,3 +215,28 @@ def test_validate_tells_whom_the_servers_take_in(tmp_path: Path) -> None:
         "memory of edge-0: 0.0 of 1 MiB are its own; of its clients it takes in 2 with batches of 2",
         "memory of edge-1: 0.0 of 1 MiB are its own; of its clients it takes in 1 with batches of 4",
     ]
+
+
+def test_clients_at_their_own_pace_take_turns_for_memory_and_learn_the_same(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    crowd = ("split.tiers={client: 5, edge: 1, cloud: 1}", "split.cuts=[1, 3]", "split.labels=client")
+    words = (*crowd, "lora.adapters=per_client", "server.memory_mib=1", "train.batch_size=4", "model.dropout=0")
+    apart = prepare(with_ports(path, *words)).admissions["edge"]
+    recipe = with_ports(path, *words, "server.batching=continuous", "server.starve=0.2")
+    (edge,) = [taken_in for name, taken_in in prepare(recipe).admissions.items() if name == "edge"]
+    assert max(apart.batch_sizes.values()) < 4 and apart.room is None
+    assert set(edge.batch_sizes.values()) == {4} and edge.room is not None
+    assert edge.room.bytes < 2 * max(edge.room.graphs.values()), "not for all at once"
+    held = edge.own + sum(one.bytes for one in edge.admitted.values()) + edge.room.bytes
+    assert held + max(edge.room.graphs.values()) <= edge.budget
+
+    async def trained() -> None:
+        async with deployed(recipe, tmp_path) as tasks:
+            await asyncio.gather(*tasks.values())
+
+    serving.run(trained, 60)
+    train(recipe, tmp_path / "alike")
+    for client in range(5):
+        found, expected = (adapter(tmp_path / place / "adapter" / f"client-{client}") for place in ("cloud", "alike"))
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)

@@ -89,6 +89,7 @@ LOCAL = {  # and of every key that may differ
     "server.quota.bytes_per_second": 5.0,
     "server.tenants": {"client-1": {"tokens_per_second": None, "bytes_per_second": None, "weight": 2.0}},
 }
+AT_THEIR_OWN_PACE = ["server.batching=continuous", "lora.adapters=common", "split.tiers={client: 4, edge: 1, cloud: 1}"]
 TOGETHER = {  # what a key above cannot be without
     "data.partition.field": ["data.partition={by: field, field: kind}"],
     "data.partition.alpha": ["data.partition={by: dirichlet, field: topic, alpha: 1.0}"],

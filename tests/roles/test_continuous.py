@@ -116,7 +116,7 @@ def up(run: Pass, positions: int | None = None) -> Upward:
 
 
 def scheduler(worker: Worker, patience: float = LONG, device: Device | None = None, **more: Any) -> Continuous:
-    budget = Budget(4096, more.pop("memory", PLENTY), wait=0.0, starve=10.0)
+    budget = Budget(4096, more.pop("memory", PLENTY), wait=0.0, starve=more.pop("starve", 10.0))
     return Continuous(Runner(worker, device or Inline()), budget, patience, **more)
 
 
@@ -293,6 +293,20 @@ def test_no_more_memory_is_held_than_there_is_and_what_waits_for_it_runs_at_last
         assert [clients for kind, clients in seen.ran if kind == "forward"] == [[0, 1], [2, 3], [0]]
         await asyncio.gather(*(continuous.backward(up(task.result())) for task in asked[2:]))
         assert is_empty(continuous)
+
+    run(test)
+
+
+def test_who_holds_memory_and_is_silent_is_late_before_anybody_starves(seen: Seen) -> None:
+    async def test() -> None:
+        continuous = scheduler(seen.worker, memory=250, price=lambda rows: 100, starve=0.05)
+        silent = await asyncio.gather(*(continuous.forward(ask(client)) for client in range(2)))
+        begun = asyncio.get_running_loop().time()
+        other = await continuous.forward(ask(2))
+        assert 0.05 <= asyncio.get_running_loop().time() - begun < 5 and continuous._held == 100
+        gradients = await asyncio.gather(*(continuous.backward(up(run)) for run in (*silent, other)))
+        assert all(gradient is not None for gradient in gradients) and is_empty(continuous)
+        assert [clients for kind, clients in seen.ran if kind == "forward"] == [[0, 1], [2], [0, 1]]
 
     run(test)
 
