@@ -25,6 +25,7 @@ from splitllm.model.proof import admit
 from splitllm.recipe import (
     LoraRecipe,
     Recipe,
+    ServerRecipe,
     client_names,
     role_bounds,
     tier_bounds,
@@ -35,6 +36,7 @@ from splitllm.roles.admission import problems as admission_problems
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
+NEED_CONTINUOUS = ("wait", "starve", "gradient_wait", "park_after")
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # PEFT's settings that change what an adapter computes, and a recipe has not
     "alpha_pattern": (None, {}),
     "rank_pattern": (None, {}),
@@ -173,7 +175,7 @@ def describe(plan: Plan) -> list[str]:
         *tiers,
         *_client_lines(plan),
         f"LoRA: rank {recipe.lora.rank} on {len(plan.modules)} modules, adapters: {recipe.lora.adapters}",
-        f"server.batching: {recipe.server.batching}",
+        f"server.batching: {recipe.server.batching}" + _without_effect(recipe.server),
         *lines_of(recipe, plan.admissions),
         "data:",
         *shares,
@@ -181,6 +183,14 @@ def describe(plan: Plan) -> list[str]:
         f"leaves the device: {what_leaves_the_device(recipe)}",
         "the recipe is valid",
     ]
+
+
+def _without_effect(server: ServerRecipe) -> str:
+    """Keys that were set for another kind of batching."""
+    set_ = [key for key in NEED_CONTINUOUS if getattr(server, key) != ServerRecipe.model_fields[key].default]
+    if server.batching == "continuous" or not set_:
+        return ""
+    return f" (nothing comes of {', '.join(f'server.{key}' for key in set_)}, which are for continuous)"
 
 
 def _client_lines(plan: Plan) -> list[str]:

@@ -29,10 +29,14 @@ class Crew:
         overview: told what their logs say.
         screen: shows it.
         summary: the file that the top writes when the run is complete.
+        lanes: whether the others go on when a client fails for good.
     """
 
-    def __init__(self, tiers: list[list[Child]], overview: Overview, screen: Screen, summary: Path) -> None:
+    def __init__(
+        self, tiers: list[list[Child]], overview: Overview, screen: Screen, summary: Path, *, lanes: bool = False
+    ) -> None:
         self._tiers, self._overview, self._screen, self._summary = tiers, overview, screen, summary
+        self._apart = set(tiers[0]) if lanes else set()
         self._children = [child for tier in reversed(tiers) for child in tier]
         self._settled_by = self._told_by = math.inf
 
@@ -46,18 +50,22 @@ class Crew:
         """Watch them until all have come to their end, or the user wants to stop.
 
         Raises:
-            RecipeError, PeerError: one failed for good; of several the topmost tells, for it knows the cause.
+            RecipeError, PeerError: one failed for good; of several the topmost tells, for it knows the cause. Where the
+                others went on without it, they have come to their end by then.
         """
         while not stop.asked and not all(child.status == 0 for child in self._children):
             self._look()
             now = time.monotonic()
             if now > self._told_by:
                 raise _failure(next(child for child in self._children if self._row(child).state == "failed"))
-            if self._settled_by == math.inf and self.is_complete():
+            if self._settled_by == math.inf and (self.is_complete() or self._only_servers_are_left()):
                 self._settled_by = now + SETTLE_SECONDS
             if now > self._settled_by:
-                return
+                break
             time.sleep(LOOK_SECONDS)
+        failed = [child for child in self._children if self._row(child).state == "failed"]
+        if failed and not stop.asked and not self.is_complete():
+            raise _failure(failed[0])
 
     def stop(self) -> None:
         """End what still lives: clients first, then tier by tier up, each politely; after a while by force."""
@@ -75,6 +83,9 @@ class Crew:
     def is_complete(self) -> bool:
         """Whether the top has written all that a run leaves."""
         return self._summary.exists()
+
+    def _only_servers_are_left(self) -> bool:
+        return bool(self._apart) and all(self._row(child).state in ("done", "failed") for child in self._apart)
 
     def _row(self, child: Child) -> Row:
         return self._overview.rows[child.name]
@@ -101,6 +112,9 @@ class Crew:
             child.plan_restart()
         else:
             row.state = "failed"
+            if child in self._apart:
+                self._screen.say(f"{child.name} failed, and the others go on: {child.last_words()}; see {child.log}")
+                return
             self._told_by = min(self._told_by, time.monotonic() + TELL_SECONDS)
 
     def _end(self, children: Iterable[Child], number: signal.Signals) -> None:

@@ -61,16 +61,21 @@ def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, u
         gates[client] = _gate(station, journal, worker.lane(client), batching, uplink, lane, client, held)
         if lane is not None and journal.finished:
             lane.put_back(journal.newest_values()["beside"])
-    if board is not None:
-        board.done()
 
     def over(client: int) -> None:
+        journals[client].mark_over()
         if held is not None:
             held.over(client)
         if board is not None:
             board.over(client)
 
-    return Lanes(gates, batching, station.recipe.server.park_after, over)
+    lanes = Lanes(gates, batching, station.recipe.server.park_after, over)
+    for client in [client for client, journal in journals.items() if journal.over]:
+        lanes.wait_no_more(client)
+        over(client)
+    if board is not None:
+        board.done()
+    return lanes
 
 
 def _held(station: Station, journals: Mapping[int, Journal], worker: Worker) -> Held | None:

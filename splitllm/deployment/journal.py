@@ -17,12 +17,12 @@ from splitllm.deployment.entries import Entry, read_entry, write_entry
 from splitllm.errors import CheckpointError
 
 FORMAT = "2"
-_FINISHED = "finished.safetensors"
+_FINISHED, _OVER = "finished.safetensors", "over.safetensors"
 logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """The last entries of one role, `step-N.safetensors`, and whether its run is complete.
+    """The last entries of one role, `step-N.safetensors`, and whether its run is complete, or over before that.
 
     The folder is locked until the journal is closed or its process ends.
 
@@ -106,7 +106,8 @@ class Journal:
         """The run goes on from `step`: entries of later steps are removed, and with them the mark of its end."""
         later = [found for found in self._files() if found > step]
         if later:
-            (self.folder / _FINISHED).unlink(missing_ok=True)
+            for end in (_FINISHED, _OVER):
+                (self.folder / end).unlink(missing_ok=True)
         for found in later:
             (self.folder / _name(found)).unlink()
         flush(self.folder)
@@ -125,6 +126,19 @@ class Journal:
         """
         write_entry(self.folder / _FINISHED, Entry(max(self._known, default=0), self._identity, {}, {}))
 
+    @property
+    def over(self) -> bool:
+        """Whether its run has come to an end before its last step, of which this role was told."""
+        return self._sound(_OVER) is not None
+
+    def mark_over(self) -> None:
+        """The run will not be complete, and nobody need wait for it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_entry(self.folder / _OVER, Entry(max(self._known, default=0), self._identity, {}, {}))
+
     def close(self) -> None:
         """Let another process open it. Closing twice is allowed."""
         if self._lock >= 0:
@@ -138,7 +152,7 @@ class Journal:
 
     def _read(self, name: str) -> Entry:
         entry = read_entry(self.folder / name)
-        if name not in (_FINISHED, _name(entry.step)):
+        if name not in (_FINISHED, _OVER, _name(entry.step)):
             raise CheckpointError(f"{self.folder / name} holds step {entry.step}: give it its own name back")
         return entry
 
@@ -155,7 +169,7 @@ class Journal:
             return None
 
     def _refuse_foreign(self) -> None:
-        names = [*(_name(step) for step in self._files()), _FINISHED]
+        names = [*(_name(step) for step in self._files()), _FINISHED, _OVER]
         for entry in filter(None, map(self._sound, names)):
             theirs, ours = entry.identity, self._identity
             differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))

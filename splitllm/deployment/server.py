@@ -49,7 +49,7 @@ def serve(recipe: Recipe, options: Options) -> None:
 
 async def _serve(station: Station) -> None:
     journals, stop, address = journals_of(station), Stop(), station.address()
-    finished = all(journal.finished for journal in journals.values())
+    finished = all(journal.finished or journal.over for journal in journals.values())
     if finished:
         logger.info("the run was complete already", extra={"fields": {"seconds to stay": LINGER_SECONDS}})
     uplink = station.uplink() if station.tier + 1 < len(station.recipe.split.tiers) else None

@@ -18,7 +18,7 @@ from splitllm.deployment.leash import Leash
 from splitllm.deployment.table import Overview, Screen
 from splitllm.errors import RecipeError, RunInterrupted
 from splitllm.metrics import human_bytes
-from splitllm.recipe import Recipe, command_of, role_names
+from splitllm.recipe import Recipe, command_of, goes_by_lanes, role_names
 from splitllm.running.interrupt import StopSignal
 from splitllm.running.places import adapter_folders, where_next
 
@@ -62,7 +62,8 @@ def _run(deployment: Path, tiers: list[list[str]], recipe: Recipe, console: Cons
     overview = Overview(names, recipe.train.steps, recipe.train.eval_every)
     leash = Leash()
     children = [[_child(deployment, command_of(recipe, name), name, leash) for name in tier] for tier in tiers]
-    crew = Crew(children, overview, Screen(overview, console), deployment.parent / names[0] / SUMMARY)
+    summary, lanes = deployment.parent / names[0] / SUMMARY, goes_by_lanes(recipe)
+    crew = Crew(children, overview, Screen(overview, console), summary, lanes=lanes)
     with StopSignal() as stop:
         try:
             crew.start(fresh)
@@ -87,7 +88,7 @@ def _child(deployment: Path, command: str, name: str, leash: Leash) -> Child:
 
 
 def _closing_lines(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> list[str]:
-    adapter = adapter_folders(recipe, directory)[0]
+    adapter = next(folder for folder in adapter_folders(recipe, directory) if folder.exists())
     base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     lines = [
         f"held-out loss: {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after (split run)",

@@ -139,7 +139,10 @@ def lines_of(recipe: Recipe, found: Mapping[str, Admission]) -> list[str]:
 
 def _refusal(recipe: Recipe, server: str, admission: Admission) -> str:
     client, refused = next(iter(admission.refused.items()))
-    return f"server.memory_mib: {server} refuses {_names(recipe)[client]}: {refused.line}"
+    others = len(admission.refused) - 1
+    more = -(-sum(one.needed for one in admission.refused.values()) // MIB)
+    all_ = f"; with {others} others that are refused it is {more} MiB that are needed" if others else ""
+    return f"server.memory_mib: {server} refuses {_names(recipe)[client]}: {refused.line}{all_}"
 
 
 def _own_line(server: str, admission: Admission) -> str:

@@ -128,6 +128,13 @@ class Lanes:
         """Children that have been away for so many seconds, and are waited for without end."""
         return sorted({child for gate in self.gates.values() for child in gate.missing(seconds)})
 
+    def wait_no_more(self, client: int) -> None:
+        """The run can end without this lane."""
+        gate = self.gates[client]
+        gate.finished.set()
+        for child in gate.children:
+            gate.left(child)
+
     def _gate(self, message: Message) -> Gate:
         gate = self.gates.get(message.micro_batch[1])
         if gate is None or message.sender not in gate.children:
@@ -147,9 +154,7 @@ class Lanes:
         client = message.micro_batch[1]
         logger.warning("this client has diverged", extra={"fields": {"client": client, "reason": str(error)}})
         gate.end("its values are not finite")
-        gate.finished.set()
-        for child in gate.children:
-            gate.left(child)
+        self.wait_no_more(client)
         self._tell_of(client)
         if message.kind == "diverged" and gate.server.uplink is not None:
             task = asyncio.create_task(_tell_above(gate, client, error))

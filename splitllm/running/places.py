@@ -17,8 +17,8 @@ def adapter_folders(recipe: Recipe, directory: Path) -> list[Path]:
 
 
 def where_next(recipe: Recipe, directory: Path, base: str) -> list[str]:
-    """For the user: where the adapter is, or the clients' are, and what can be done with it."""
-    first, *others = adapter_folders(recipe, directory)
+    """For the user: where the adapter is, or the clients' are that have one, and what can be done with it."""
+    first, *others = [folder for folder in adapter_folders(recipe, directory) if folder.exists()]
     return [
         f"adapter: {first}" + (f", and those of {len(others)} other clients beside it" if others else ""),
         f"next: peft.PeftModel.from_pretrained(base_model, {str(first)!r}), or",

@@ -183,7 +183,9 @@ class Sessions:
                 self._reception.back(session.name)
             logger.info("connected", extra={"fields": {"child": session.name}})
             await self._talk(stream, session, connection)
-        except Refused:
+        except Refused as refused:
+            fields = {"child": session.name, "reason": refused.reason}
+            logger.warning("broke the protocol", extra={"fields": fields})
             if session.connection is connection:
                 session.forget()
                 session.over = True

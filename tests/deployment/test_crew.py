@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -37,14 +38,15 @@ time.sleep(60)
 class Stage:
     """Three tiers of one role each; what they run is given, bottom-up."""
 
-    def __init__(self, folder: Path, client: str, edge: str, cloud: str) -> None:
+    def __init__(self, folder: Path, client: str, edge: str, cloud: str, *, lanes: bool = False) -> None:
         self.overview = Overview(["cloud", "edge", "client"], steps=3, eval_every=None)
         self.file = io.StringIO()
         screen = Screen(self.overview, Console(file=self.file, width=200))
         names = {"client": client, "edge": edge, "cloud": cloud}
         self.children = {name: self._child(folder, name, code) for name, code in names.items()}
         self.summary = folder / "summary.json"
-        self.crew = Crew([[child] for child in self.children.values()], self.overview, screen, self.summary)
+        tiers = [[child] for child in self.children.values()]
+        self.crew = Crew(tiers, self.overview, screen, self.summary, lanes=lanes)
 
     @staticmethod
     def _child(folder: Path, name: str, code: str) -> Child:
@@ -139,6 +141,18 @@ def test_ctrl_c_stops_clients_first_and_the_cloud_last(tmp_path: Path) -> None:
     ]
     assert len(times) == 3 and times == sorted(times)
     assert stage.states() == ["stopped"] * 3
+
+
+@pytest.mark.parametrize("completes", [True, False])
+def test_where_clients_have_lanes_the_others_go_on_without_one_that_fails(tmp_path: Path, completes: bool) -> None:
+    summary = f"time.sleep(1.5); open({str(tmp_path / 'summary.json')!r}, 'w').close()" if completes else SLEEP
+    stage = Stage(tmp_path, "print('it has diverged'); sys.exit(1)", SLEEP, summary, lanes=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("splitllm.deployment.crew.SETTLE_SECONDS", 2.5)
+        with nullcontext() if completes else pytest.raises(PeerError, match=r"^client: it has diverged\n"):
+            stage.run()
+    assert stage.states() == ["done" if completes else "stopped", "stopped", "failed"]
+    assert "client failed, and the others go on: it has diverged; see " in stage.file.getvalue()
 
 
 def test_who_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,9 @@ def test_a_run_whose_tenant_has_diverged_comes_to_its_end_without_it(path: Path,
         async with deployed(recipe, tmp_path, diverged) as tasks:
             ends = await asyncio.gather(*tasks.values(), return_exceptions=True)
             assert [name for name, end in zip(tasks, ends, strict=True) if end is not None] == [BAD]
+            for server in ("edge", "cloud"):  # they will not wait for it when they are started again
+                marks = (tmp_path / server / "journal").glob("*/over.safetensors")
+                assert [mark.parent.name for mark in marks] == [BAD]
 
     run(test, 60)
     assert set(adapters(tmp_path)) == set(OTHERS)

@@ -190,6 +190,15 @@ def test_later_steps_are_forgotten_and_with_them_the_end(folder: Path) -> None:
         assert journal.steps() == [5, 4]
 
 
+def test_a_run_that_is_over_stays_so_until_it_goes_back(folder: Path) -> None:
+    with closing(journal_of(folder, 1, 2)) as journal:
+        journal.mark_over()
+    with closing(journal_of(folder)) as journal:
+        assert journal.over and not journal.finished and journal.steps() == [2, 1]
+        journal.forget_after(1)
+        assert not journal.over
+
+
 def test_a_complete_run_stays_complete(folder: Path) -> None:
     with closing(journal_of(folder, 1)) as journal:
         assert not journal.finished
