@@ -32,9 +32,9 @@ quickstart: setup  ## the main job, offline: a split fine-tune, an adapter at th
 	$(OFFLINE) $(BIN)/splitllm train recipes/quickstart.yaml --output-dir $(OUT)
 
 test: setup  ## the fast tests
-	$(OFFLINE) $(BIN)/pytest -q -m "not system and not soak" -n $(WORKERS) $(ARGS)
+	$(OFFLINE) $(BIN)/pytest -q -m "not system and not soak" -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-system: setup  ## real processes and engines
+test-system: setup  ## real processes and engines, and the rest of the large grids
 	$(OFFLINE) $(BIN)/pytest -q -m system $(ARGS)
 
 soak: setup  ## the long runs

@@ -1,5 +1,6 @@
 """What every test shares: one torch thread a process, no network, and the path of the shared data."""
 
+import gc
 import os
 
 # Before torch and huggingface_hub are imported anywhere, and inherited by every child process: two processes
@@ -30,6 +31,12 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the data sets in ../shared/data, which are not beside this checkout")
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left is never garbage: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -17,6 +17,7 @@ from splitllm.model.trainable import Trainable
 from splitllm.recipe import Recipe
 from splitllm.roles.assembly import Roles
 from tests.families import CONFIGS, LAYERS, checkpoint_folder, corpus, recipe, roles_of
+from tests.grids import cases, fast_if, in_turn
 from tests.unsplit import Unsplit
 
 CUTS: list[list[int]] = [
@@ -25,7 +26,7 @@ CUTS: list[list[int]] = [
     [1, 2], [2, 4], [1, 5], [3, 6],
     [1, 2, 3, 4], [1, 2, 4, 5], [2, 3, 4, 6], [1, 3, 4, 5],
 ]  # fmt: skip
-LABELS = ["client", "cloud"]
+FAMILIES, LABELS = list(CONFIGS), ["client", "cloud"]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -94,14 +95,17 @@ def check(found: tuple[float, Tensors], wanted: tuple[float, Tensors], tolerance
 
 
 def grid() -> list[Any]:
-    """Every family, cut and place of the labels; in fp32 one place in turn, the other is left to the soak."""
-    cases = []
-    for (row, family), (column, cuts), labels in product(enumerate(CONFIGS), enumerate(CUTS), LABELS):
-        name = f"{family}-{'-'.join(map(str, cuts)) or 'whole'}-{labels}"
-        cases.append(pytest.param(family, cuts, labels, "float64", 1e-12, id=f"fp64-{name}"))
-        marks = [] if labels == LABELS[(row + column) % 2] else [pytest.mark.soak]
-        cases.append(pytest.param(family, cuts, labels, "float32", 1e-6, id=f"fp32-{name}", marks=marks))
-    return cases
+    """Every family and cut in fp64, with the labels in one place in turn; fp32 in a third of the cells.
+
+    The other place in fp64 is `system`, what is left of fp32 is `soak`.
+    """
+    found = []
+    for (row, family), (column, cuts), (place, labels) in product(*map(enumerate, (CONFIGS, CUTS, LABELS))):
+        name, turn = f"{family}-{'-'.join(map(str, cuts)) or 'whole'}-{labels}", in_turn(row, column, place)
+        found.append(pytest.param(family, cuts, labels, "float64", 1e-12, id=f"fp64-{name}", marks=fast_if(turn)))
+        marks = fast_if(not turn and (row + column) % 3 == 0, "soak")
+        found.append(pytest.param(family, cuts, labels, "float32", 1e-6, id=f"fp32-{name}", marks=marks))
+    return found
 
 
 @pytest.mark.parametrize(("family", "cuts", "labels", "dtype", "tolerance"), grid())
@@ -150,9 +154,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", ["gpt2", "gemma3", "llama"])
+THREE = ["gpt2", "gemma3", "llama"]
+
+
+def one_place_in_turn(family: str, variant: str, labels: str) -> bool:
+    return in_turn(THREE.index(family), list(VARIANTS).index(variant), LABELS.index(labels))
+
+
+@pytest.mark.parametrize(("family", "variant", "labels"), cases(product(THREE, VARIANTS, LABELS), one_place_in_turn))
 def test_every_variant_equals_the_unsplit_model(
     family: str, variant: str, labels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,8 +175,10 @@ def merged(changes: dict[str, Any]) -> dict[str, Any]:
     return {"train": {**train, **changes.get("train", {})}, "lora": {**lora, **changes.get("lora", {})}}
 
 
-@pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("family", "labels"),
+    cases(product(CONFIGS, LABELS), lambda family, labels: in_turn(FAMILIES.index(family), LABELS.index(labels))),
+)
 def test_the_adapter_after_five_steps_equals_the_unsplit_one(family: str, labels: str) -> None:
     wanted, rows = recipe(family, [2, 4], labels), corpus(2)
     roles = roles_of(wanted, rows)
@@ -178,8 +189,13 @@ def test_the_adapter_after_five_steps_equals_the_unsplit_one(family: str, labels
         torch.testing.assert_close(tensor, unsplit.parameters[name].detach(), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("cuts", [[1, 2], [2, 4], [1, 5], [3, 4]])
-@pytest.mark.parametrize("family", CONFIGS)
+AT = [[1, 2], [2, 4], [1, 5], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("family", "cuts"),
+    cases(product(CONFIGS, AT), lambda family, cuts: in_turn(FAMILIES.index(family), AT.index(cuts))),
+)
 def test_shards_called_one_after_another_equal_the_unsplit_model_bit_for_bit(family: str, cuts: list[int]) -> None:
     folder = checkpoint_folder(family)
     with quiet_transformers():

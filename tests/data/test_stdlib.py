@@ -49,6 +49,7 @@ def test_known_rows(rows: StdlibRows) -> None:
     assert mean["completion"] == "Return the sample arithmetic mean of data." and mean in rows.eval
 
 
+@pytest.mark.system
 def test_rows_are_the_same_each_time(rows: StdlibRows) -> None:
     stdlib._harvest.cache_clear()
     assert stdlib_docstrings() == rows

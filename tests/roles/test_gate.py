@@ -15,6 +15,7 @@ from splitllm.errors import CheckpointError, DivergedError, PeerError, RejoinErr
 from splitllm.recipe import Recipe
 from splitllm.wire.message import Message
 from tests.families import corpus, recipe
+from tests.grids import fast_if
 from tests.roles.tree import KEPT, TickLoop, Tree, same
 
 LABELS = ["client", "cloud"]
@@ -53,10 +54,10 @@ def random_faults(seed: int, ticks: int, names: list[str]) -> Faults:
 
 
 def seeds(fast: int, all_of_them: int) -> list[Any]:
-    return [pytest.param(n, marks=[] if n < fast else [pytest.mark.soak]) for n in range(all_of_them)]
+    return [pytest.param(n, marks=fast_if(n < fast, "soak")) for n in range(all_of_them)]
 
 
-@pytest.mark.parametrize("seed", seeds(8, 400))
+@pytest.mark.parametrize("seed", seeds(4, 400))
 def test_whoever_is_killed_whenever_the_run_is_the_same(seed: int) -> None:
     labels = LABELS[seed % 2]
     expected = undisturbed(labels)
@@ -125,7 +126,7 @@ def test_who_returns_first_without_a_state_that_fits_waits_for_the_others(tiers:
     assert all(same(state, clients[0]) for state in clients)
 
 
-@pytest.mark.parametrize("seed", seeds(5, 200))
+@pytest.mark.parametrize("seed", seeds(3, 200))
 def test_whoever_is_left_out_whenever_the_replicas_end_alike(seed: int) -> None:
     rng = Random(seed)
     clients_or_edges = undisturbed("cloud").names[1:]

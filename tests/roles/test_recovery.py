@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from splitllm.errors import CheckpointError
 from splitllm.roles.recovery import Decision, Standing, State, decide, standings_from_json
+from tests.grids import counts
 
 TREE = {"cloud": None, "edge-0": "cloud", "edge-1": "cloud", "client-0": "edge-0", "client-1": "edge-0"} | {
     "client-2": "edge-1"
@@ -95,21 +96,25 @@ def test_whenever_roles_are_killed_they_have_a_newest_common_step(data: st.DataO
     assert (decision.step, decision.donors, decision.lacking) == (min(newest), {}, ())
 
 
-@settings(max_examples=600, deadline=None)
-@given(st.data())
-def test_whoever_leaves_and_returns_whenever_all_go_on_from_the_same_weights(data: st.DataObject) -> None:
-    journals = Journals()
-    for _ in range(data.draw(st.integers(0, 40))):
-        if data.draw(st.integers(0, 4)) == 0:
-            stays = data.draw(st.sets(st.sampled_from(CLIENTS), min_size=1))
-            try:
-                journals.join(branches(stays))
-            except CheckpointError:  # the only edge that still has the state is away: they wait for it
-                continue
-            assert len({journals.kept[role][-1][1] for role in journals.members}) == 1, journals.kept
-        journals.commit(data.draw(st.sampled_from(journals.may_commit())))
-    journals.join(set(TREE))  # whoever was away returns
-    assert len({kept[-1][1] for kept in journals.kept.values()}) == 1, journals.kept
+@pytest.mark.parametrize("count", counts(100, 600))
+def test_whoever_leaves_and_returns_whenever_all_go_on_from_the_same_weights(count: int) -> None:
+    @settings(max_examples=count)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        journals = Journals()
+        for _ in range(data.draw(st.integers(0, 40))):
+            if data.draw(st.integers(0, 4)) == 0:
+                stays = data.draw(st.sets(st.sampled_from(CLIENTS), min_size=1))
+                try:
+                    journals.join(branches(stays))
+                except CheckpointError:  # the only edge that still has the state is away: they wait for it
+                    continue
+                assert len({journals.kept[role][-1][1] for role in journals.members}) == 1, journals.kept
+            journals.commit(data.draw(st.sampled_from(journals.may_commit())))
+        journals.join(set(TREE))  # whoever was away returns
+        assert len({kept[-1][1] for kept in journals.kept.values()}) == 1, journals.kept
+
+    check()
 
 
 steps = st.sets(st.integers(0, 6), min_size=1, max_size=3).map(lambda found: tuple(sorted(found, reverse=True)))

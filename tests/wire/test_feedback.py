@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from splitllm.errors import DivergedError
 from splitllm.wire.codecs import pack, unpack
 from splitllm.wire.feedback import ErrorMemory
+from tests.grids import counts
 
 ROOM = 1 << 24
 CODED = ["int4", "topk:0.25"]
@@ -24,17 +25,22 @@ def rows_of(lengths: list[int], width: int = 24, seed: int = 0, dtype: torch.dty
 
 
 @pytest.mark.parametrize(("name", "left", "rounding"), [("int4", 0.2, 1e-3), ("topk:0.25", 5.0, 1e-2)])
-@given(LENGTHS, st.integers(1, 70), st.floats(-4, 4), st.integers(0, 99))
+@pytest.mark.parametrize("count", counts(30, 100))
 def test_the_mean_of_what_arrives_converges_to_what_was_sent(
-    name: str, left: float, rounding: float, lengths: list[int], width: int, exponent: float, seed: int
+    count: int, name: str, left: float, rounding: float
 ) -> None:
-    values, steps = rows_of(lengths, width, seed) * 10**exponent, 25
-    memory, keys = ErrorMemory(ROOM), list(range(len(lengths)))
-    total = torch.zeros(values.shape, dtype=torch.float64)
-    for step in range(steps):
-        total += unpack(memory.encode(name, values, keys, lengths, step))
-    off = (total / steps - values).abs().amax(1)
-    assert bool((off <= (left / steps + rounding) * values.abs().amax(1)).all())
+    @settings(max_examples=count)
+    @given(LENGTHS, st.integers(1, 70), st.floats(-4, 4), st.integers(0, 99))
+    def check(lengths: list[int], width: int, exponent: float, seed: int) -> None:
+        values, steps = rows_of(lengths, width, seed) * 10**exponent, 25
+        memory, keys = ErrorMemory(ROOM), list(range(len(lengths)))
+        total = torch.zeros(values.shape, dtype=torch.float64)
+        for step in range(steps):
+            total += unpack(memory.encode(name, values, keys, lengths, step))
+        off = (total / steps - values).abs().amax(1)
+        assert bool((off <= (left / steps + rounding) * values.abs().amax(1)).all())
+
+    check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -51,15 +57,11 @@ def test_feedback_brings_the_mean_closer_in_every_dtype(name: str, dtype: torch.
 Visit = tuple[int, list[int]]  # seed of the values, keys
 
 
-@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=5), st.data())
-def test_a_step_that_is_run_again_sends_the_same_bytes_in_whatever_order(
-    keys_of_visits: list[list[int]], data: st.DataObject
-) -> None:
+@pytest.mark.parametrize("count", counts(40, 100))
+def test_a_step_that_is_run_again_sends_the_same_bytes_in_whatever_order(count: int) -> None:
     """Three steps of the same visits; then the last of them again, its micro-batches in other orders; then one more."""
-    again = data.draw(st.permutations(range(len(keys_of_visits))))
-    undisturbed, disturbed = ErrorMemory(ROOM), ErrorMemory(ROOM)
 
-    def run(memory: ErrorMemory, step: int, order: list[int]) -> dict[int, bytes]:
+    def run(memory: ErrorMemory, keys_of_visits: list[list[int]], step: int, order: list[int]) -> dict[int, bytes]:
         sent = {}
         for index in order:
             keys = keys_of_visits[index]
@@ -68,12 +70,18 @@ def test_a_step_that_is_run_again_sends_the_same_bytes_in_whatever_order(
             sent[index] = packed.blob.numpy().tobytes()
         return sent
 
-    order = list(range(len(keys_of_visits)))
-    expected = [run(undisturbed, step, order) for step in range(4)]
-    found = [run(disturbed, step, order) for step in range(3)]
-    for part in range(len(again) + 1):  # cut short anywhere
-        assert run(disturbed, 2, again[:part]) == {index: expected[2][index] for index in again[:part]}
-    assert [*found, run(disturbed, 3, again)] == expected
+    @settings(max_examples=count)
+    @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=5), st.data())
+    def check(visits: list[list[int]], data: st.DataObject) -> None:
+        again, order = data.draw(st.permutations(range(len(visits)))), list(range(len(visits)))
+        undisturbed, disturbed = ErrorMemory(ROOM), ErrorMemory(ROOM)
+        expected = [run(undisturbed, visits, step, order) for step in range(4)]
+        found = [run(disturbed, visits, step, order) for step in range(3)]
+        for part in range(len(again) + 1):  # cut short anywhere
+            assert run(disturbed, visits, 2, again[:part]) == {index: expected[2][index] for index in again[:part]}
+        assert [*found, run(disturbed, visits, 3, again)] == expected
+
+    check()
 
 
 def test_several_visits_of_a_row_in_one_step_all_read_the_error_from_before_it() -> None:

@@ -22,6 +22,7 @@ from splitllm.wire.issuing import issue
 from splitllm.wire.message import Message
 from splitllm.wire.remote import Dialer, Listener
 from splitllm.wire.stream import Disconnected, Refused, Stream
+from tests.grids import fast_if
 from tests.wire.serving import dialer, linked, raises, relayed, run, served, until
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -162,7 +163,7 @@ async def _written(stream: Stream, frame: bytes) -> None:
     await stream.read()
 
 
-@pytest.mark.parametrize("keepalive", [0.1, 0.25])
+@pytest.mark.parametrize("keepalive", [0.1, pytest.param(0.25, marks=fast_if(False))])
 def test_a_peer_that_confirms_but_does_not_answer_is_given_up_after_twelve_keepalives(keepalive: float) -> None:
     async def test() -> None:
         states: list[str] = []
@@ -197,7 +198,7 @@ def user_timeouts(port: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("direction", ["up", "down", "both"])
+@pytest.mark.parametrize("direction", ["up", "down", pytest.param("both", marks=fast_if(False))])
 def test_a_slow_link_is_kept_as_long_as_bytes_arrive(direction: str) -> None:
     """A ping waits for a window of data; it alone takes longer than a keepalive, the transfer several times so."""
     keepalive, large, small = 0.5, torch.zeros(2**20), torch.zeros(1)

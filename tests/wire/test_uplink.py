@@ -14,6 +14,7 @@ import torch
 
 from splitllm.errors import PeerError, RejoinError
 from splitllm.wire.message import Message
+from tests.grids import counts
 from tests.wire.serving import echo, linked, raises, relayed, run, served, until
 
 RELAY = Path(__file__).resolve().parents[2] / "scripts" / "relay.py"
@@ -105,7 +106,8 @@ def test_a_drop_amid_a_message_of_several_frames(direction: str) -> None:
     run(test)
 
 
-def test_300_requests_through_50_random_drops_are_each_computed_once() -> None:
+@pytest.mark.parametrize("count", counts(120, 300))
+def test_requests_through_a_random_drop_for_every_sixth_are_each_computed_once(count: int) -> None:
     chance = random.Random(3)
 
     async def test() -> None:
@@ -121,7 +123,7 @@ def test_300_requests_through_50_random_drops_are_each_computed_once() -> None:
         async with served(answer, room=4) as server, relayed(server.port) as relay, linked(relay.listen[1]) as link:
 
             async def disturb() -> None:
-                while drops["made"] < 50:
+                while drops["made"] < count // 6:
                     await asyncio.sleep(chance.uniform(0.0, 0.03))
                     drops["made"] += bool(relay._open)
                     relay.drop()
@@ -137,10 +139,10 @@ def test_300_requests_through_50_random_drops_are_each_computed_once() -> None:
 
             drops = {"made": 0}
             disturbing = asyncio.create_task(disturb())
-            await asyncio.gather(*(one(index) for index in range(300)))
+            await asyncio.gather(*(one(index) for index in range(count)))
             await disturbing
-            assert calls == Counter(range(300))
-            await link.request(ask(300, x=torch.zeros(1)))
+            assert calls == Counter(range(count))
+            await link.request(ask(count, x=torch.zeros(1)))
             assert len(server.sessions.by_name["client-0"].answers) <= 2
 
     run(test, 90)
