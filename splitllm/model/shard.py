@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 
 from splitllm.errors import CheckpointError
 from splitllm.model.families import Layout, layout_of
+from splitllm.model.gelu import make_lean
 from splitllm.model.heads import Head
 from splitllm.model.loading import Checkpoint
 from splitllm.model.randomness import EMBEDDINGS, DropoutKey, key_dropout
@@ -123,6 +124,7 @@ class Shard(nn.Module):
         self.embeddings, self.head = embeddings, head
         self.key = DropoutKey(seed)
         self._key_dropout()
+        make_lean(model)
 
     @classmethod
     def from_pretrained(
