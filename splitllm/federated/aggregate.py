@@ -1,8 +1,8 @@
 """From the adapters of several clients to one: a function a rule, over the adapters of one weight.
 
 With W_i = W + s_i B_i A_i at client i, and weights p_i that add up to 1, what is wanted is W + sum p_i s_i B_i A_i. A
-rule is exact if its outcome is that. Of every rule the outcome is what each client goes on training, and what is added to
-the frozen weight beside it, as factors: a base that tenants share, or that is quantised, stays as it is.
+rule is exact if its outcome is that. The outcome is what each client goes on training, and what is added to the frozen
+weight beside it, as factors: a base that tenants share, or that is quantised, stays as it is.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def _check_alike(folders: Sequence[Path], configs: Sequence[LoraConfig], adapter
 
 def _tensors(whole: Mapping[str, LowRank], rank: int) -> dict[str, torch.Tensor]:
     """By their names in an adapter file, with scale 1."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, each in whole.items():
         part = padded(each, rank)
         tensors |= {name + A: part.a_RD, name + B: part.b_OR * part.scale}
