@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,6 +27,9 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY.PATH=VALUE", help="Changes to the recipe; values in YAML.", show_default=False),
 ]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="The folder to write.", show_default=False)]
+AverageRule = Literal["fedavg", "fedex", "flora", "ffa", "rolora", "flexlora", "hetlora"]
+EXACT = 1e-6
+"""Errors of an average below this are those of rounding."""
 
 
 def main() -> None:
@@ -115,6 +118,33 @@ def merge(
 
         run(adapter, base, output_dir)
         typer.echo(f"merged model, in the base's own dtype: {output_dir}")
+
+
+@app.command(
+    epilog=_examples(
+        "splitllm average out/tenants/adapter/client-* --output-dir out/tenants/average",
+        "splitllm average a b --weight 300 --weight 100 --rule flora --output-dir average",
+    )
+)
+def average(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders.", show_default=False)],
+    output_dir: OutputDir,
+    rule: Annotated[
+        AverageRule,
+        typer.Option("--rule", help="Exact are fedex, flora, ffa and rolora; the others are not."),
+    ] = "fedex",
+    weight: Annotated[
+        list[float] | None,
+        typer.Option("--weight", help="Of each adapter, in their order, such as its rows. By default all equal."),
+    ] = None,
+) -> None:
+    """Average the adapters of several clients: one adapter of their base."""
+    with _errors_as_lines():
+        from splitllm.federated.files import average as run
+
+        made = run(adapters, rule, output_dir, weight)
+        off = "exact to rounding" if made["error"] < EXACT else f"{100 * made['error']:.2g} % off the exact average"
+        typer.echo(f"average of {len(adapters)} adapters by {rule}, of rank {made['rank']}, {off}: {output_dir}")
 
 
 RoleName = Annotated[str | None, typer.Option("--name", help="The role, such as edge-1.", show_default=False)]

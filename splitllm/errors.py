@@ -31,6 +31,10 @@ class CheckpointError(SplitLLMError, ValueError):
     """A model checkpoint, adapter or training checkpoint has missing, misshapen or foreign content."""
 
 
+class AverageError(SplitLLMError, ValueError):
+    """Adapters cannot be averaged by this rule; the message says which could."""
+
+
 class CertificateError(SplitLLMError, ValueError):
     """A certificate or its key is missing, malformed, out of date, of another name or of another authority."""
 

@@ -1,0 +1,1 @@
+"""Arithmetic over adapters: what several clients have learned, as one."""
