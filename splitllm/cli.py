@@ -73,7 +73,7 @@ def train(
     recipe: RecipePath,
     output_dir: OutputDir,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in DIR.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output-dir.")] = False,
 ) -> None:
     """Run every tier of a recipe on this machine."""
     with _errors_as_lines():
@@ -222,7 +222,7 @@ def up(
     recipe: RecipePath,
     output_dir: OutputDir,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output-dir.")] = False,
 ) -> None:
     """Rehearse a deployment: every role of a recipe as a process on this machine, with mutual TLS."""
     with _errors_as_lines():

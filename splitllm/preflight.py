@@ -26,7 +26,10 @@ from splitllm.recipe import (
     LoraRecipe,
     Recipe,
     ServerRecipe,
+    client_cuts,
     client_names,
+    goes_by_lanes,
+    own_blocks,
     role_bounds,
     tier_bounds,
     what_leaves_the_device,
@@ -93,7 +96,12 @@ class Plan:
         """What every tier holds, bottom up."""
         pairs = zip(self.recipe.split.tiers.items(), self.bounds, strict=True)
         held = [(name, count, f"blocks {a}..{b - 1}" if a < b else "no blocks") for (name, count), (a, b) in pairs]
-        return [f"{name} x{count}: {blocks}" for name, count, blocks in held]
+        lines = [f"{name} x{count}: {blocks}" for name, count, blocks in held]
+        if self.recipe.split.client_cuts:
+            cuts = sorted(set(client_cuts(self.recipe)))
+            name, count, _ = held[0]
+            lines[0] = f"{name} x{count}: blocks {', '.join(f'0..{cut - 1}' for cut in cuts[:-1])} or 0..{cuts[-1] - 1}"
+        return lines
 
 
 @dataclass
@@ -174,7 +182,8 @@ def describe(plan: Plan) -> list[str]:
         f"model: {recipe.model.base} ({plan.config.model_type}, {plan.config.num_hidden_layers} blocks)",
         *tiers,
         *_client_lines(plan),
-        f"LoRA: rank {recipe.lora.rank} on {len(plan.modules)} modules, adapters: {recipe.lora.adapters}",
+        f"LoRA: rank {recipe.lora.rank} on {len(plan.modules)} modules, adapters: {recipe.lora.adapters}"
+        + _common(plan),
         f"server.batching: {recipe.server.batching}" + _without_effect(recipe.server),
         *lines_of(recipe, plan.admissions),
         "data:",
@@ -183,6 +192,19 @@ def describe(plan: Plan) -> list[str]:
         f"leaves the device: {what_leaves_the_device(recipe)}",
         "the recipe is valid",
     ]
+
+
+def _common(plan: Plan) -> str:
+    """Which blocks all clients train together, and when these step, where that is not all with every step."""
+    recipe, layers = plan.recipe, plan.config.num_hidden_layers
+    first, server = own_blocks(recipe, layers).stop, recipe.server
+    if recipe.lora.adapters != "common":
+        return ""
+    when = "with everybody"
+    if goes_by_lanes(recipe):
+        steps = server.step_tenants or len(client_names(recipe))
+        when = f"after {server.step_tokens} tokens" if server.step_tokens else f"after {steps} steps of clients"
+    return f" in blocks {first}..{layers - 1}, stepped {when}"
 
 
 def _without_effect(server: ServerRecipe) -> str:

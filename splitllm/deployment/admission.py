@@ -43,7 +43,7 @@ def rows_for(recipe: Recipe, admission: Admission | None, name: str) -> int:
         return recipe.train.batch_size
     outcome = admission.clients[tier_of(recipe, name)[1]]
     if isinstance(outcome, policy.Refused):
-        raise Refused("admission", f"{name}: {outcome.line}")
+        raise Refused("admission", f"server.memory_mib: {outcome.line}")
     return outcome.batch_size
 
 

@@ -51,6 +51,7 @@ class Board:
         directory, recipe, here = self.station.options.directory, self.station.recipe, self.ended()
         if not here or not self._over.issuperset(self.records.keys() - here) or (directory / "summary.json").exists():
             return
+        renew(self.station.plan, directory, here)
         records = [self.records[client] for client in here]
         totals = Totals()
         for record in records:
@@ -152,16 +153,9 @@ class LaneRecord:
         self._since = time.perf_counter()
 
     def finish(self, words: Mapping[str, Any], adapter: Tensors) -> None:
-        """This lane has come to its end: write the client's adapter; with the last of them the summary.
-
-        What clients train in common has gone on since others came to theirs: they get it as well.
-        """
+        """This lane has come to its end: write the client's adapter; with the last of them the summary."""
         self.words = dict(words)
-        plan, directory = self.board.station.plan, self.board.station.options.directory
-        export_of(plan, directory, adapter, self.client)
-        for client in self.board.ended() if plan.recipe.lora.adapters == "common" else []:
-            if client != self.client:
-                renew(plan, directory, adapter, client)
+        export_of(self.board.station.plan, self.board.station.options.directory, adapter, self.client)
         self.board.done()
 
 

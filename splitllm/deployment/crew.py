@@ -29,14 +29,14 @@ class Crew:
         overview: told what their logs say.
         screen: shows it.
         summary: the file that the top writes when the run is complete.
-        lanes: whether the others go on when a client fails for good.
+        alone: whether the others go on when a client fails for good.
     """
 
     def __init__(
-        self, tiers: list[list[Child]], overview: Overview, screen: Screen, summary: Path, *, lanes: bool = False
+        self, tiers: list[list[Child]], overview: Overview, screen: Screen, summary: Path, *, alone: bool = False
     ) -> None:
         self._tiers, self._overview, self._screen, self._summary = tiers, overview, screen, summary
-        self._apart = set(tiers[0]) if lanes else set()
+        self._apart = set(tiers[0]) if alone else set()
         self._children = [child for tier in reversed(tiers) for child in tier]
         self._settled_by = self._told_by = math.inf
 
@@ -65,7 +65,7 @@ class Crew:
             time.sleep(LOOK_SECONDS)
         failed = [child for child in self._children if self._row(child).state == "failed"]
         if failed and not stop.asked and not self.is_complete():
-            raise _failure(failed[0])
+            raise _failure(failed[0], left=self._summary.parent if set(failed) <= self._apart else None)
 
     def stop(self) -> None:
         """End what still lives: clients first, then tier by tier up, each politely; after a while by force."""
@@ -142,14 +142,18 @@ class Crew:
                 self._overview.note(child.name, event)
 
 
-def _failure(child: Child) -> SplitLLMError:
-    """A wrong recipe or machine stays one, whatever process found it."""
+def _failure(child: Child, left: Path | None = None) -> SplitLLMError:
+    """A wrong recipe or machine stays one, whatever process found it; `left` is where others have left theirs."""
     if child.status not in REFUSALS:
         often = f"{RESTARTS} times within {RESTART_WINDOW:.0f} seconds"
         return PeerError(
             f"{child.name} ended with {_status(child.status)} and was started again {often}; see {child.log}"
         )
     words = [f"{child.name}: {child.last_words()}", f"its log: {child.log}"]
+    if left is not None:
+        words.append(
+            f"what the others have learned is in {left}; mend it, and go on with the same command and --resume"
+        )
     return RecipeError(words) if child.status == 2 else PeerError("\n".join(words))
 
 

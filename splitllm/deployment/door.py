@@ -73,7 +73,7 @@ def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, u
     for client in [client for client, journal in journals.items() if journal.over]:
         lanes.wait_no_more(client)
         over(client)
-    if board is not None:
+    if board is not None and all(journal.finished or journal.over for journal in journals.values()):
         board.done()
     return lanes
 
@@ -82,8 +82,8 @@ def _held(station: Station, journals: Mapping[int, Journal], worker: Worker) -> 
     """What all lanes train in common, as it was kept."""
     if worker.common is None:
         return None
-    new = not any(any(journal.steps()) for journal in journals.values())
-    return Held(worker.common, station.journal("common"), station.recipe.train.steps, journals, new=new)
+    committed = {client: max(journal.steps(), default=0) for client, journal in journals.items()}
+    return Held(worker.common, station.journal("common"), station.recipe.train.steps, committed)
 
 
 def room_of(recipe: Recipe, under_way: int, clients: int) -> int:
@@ -117,6 +117,7 @@ def _gate(
         entries=entries_of(recipe, name),
         schedule=station.schedule,
         batching=batching,
+        traffic=uplink.of_client[client] if uplink is not None and client != EVERYBODY else None,
         device=station.device,
         commit=past.committing if record is not None else _said(past, client),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
 from splitllm.deployment.journal import Journal
 from splitllm.errors import CheckpointError
@@ -17,29 +17,30 @@ class Held:
     Args:
         common: takes what the journal holds.
         journal: of this alone; its steps are the adapter's `changes`.
-        steps: that each of these clients gives.
-        clients: that train it.
-        new: whether no lane has committed a step yet.
+        steps: that each client gives.
+        committed: client -> steps that its lane has committed.
 
     Raises:
-        CheckpointError: lanes have committed steps, and what they trained in common is missing.
+        CheckpointError: lanes have committed steps that are not in it, since its journal is missing or damaged.
     """
 
-    def __init__(self, common: Common, journal: Journal, steps: int, clients: Iterable[int], *, new: bool) -> None:
+    def __init__(self, common: Common, journal: Journal, steps: int, committed: Mapping[int, int]) -> None:
         self.common, self._journal, self._lock = common, journal, threading.Lock()
-        self._steps, self._clients = steps, set(clients)
-        changes = next(iter(journal.steps()), None)
-        if changes is not None:
+        self._steps, self._clients = steps, frozenset(committed)
+        changes = next(iter(journal.steps()), -1)
+        if changes >= 0:
             common.load(*journal.read(changes))
-        elif not new:
-            why = "what all lanes train in common is missing, though they have committed steps"
-            raise CheckpointError(f"{journal.folder}: {why}; give a new --output-dir")
-        self._written = -1 if changes is None else changes
-        self.keeping()()
+        for client, step in committed.items():
+            if common.given.get(client, 0) < step:
+                found = f"{common.given.get(client, 0)} steps of client {client}, whose lane has committed {step}"
+                raise CheckpointError(f"{journal.folder}: what all lanes train has {found}; give a new --output-dir")
+        self._written = changes
+        self._newest = self._taken()
+        self._write()
 
     def over(self, client: int) -> None:
         """Nothing more will come of this client."""
-        self._clients.discard(client)
+        self._clients -= {client}
 
     def final(self) -> Tensors:
         """The adapter when a lane ends; with the last of them what is pending is stepped by, and kept."""
@@ -49,14 +50,17 @@ class Held:
         return self.common.adapter()
 
     def keeping(self) -> Callable[[], None]:
-        """Take its state now; what is returned writes it, on any thread, unless a newer one is written already."""
+        """Take its state now; what is returned writes it, or one that was taken later, on any thread."""
+        self._newest = self._taken()
+        return self._write
+
+    def _taken(self) -> tuple[int, Tensors, dict[str, object]]:
         tensors, values = self.common.state()
-        state, changes = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, self.common.changes
+        return self.common.changes, {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, values
 
-        def write() -> None:
-            with self._lock:
-                if changes > self._written:
-                    self._journal.write(changes, state, values)
-                    self._written = changes
-
-        return write
+    def _write(self) -> None:
+        with self._lock:
+            changes, tensors, values = self._newest
+            if changes > self._written:
+                self._journal.write(changes, tensors, values)
+                self._written = changes

@@ -75,11 +75,11 @@ class Past:
         keep_common = self._held.keeping() if self._held is not None else None
 
         def write() -> None:
+            if keep_common is not None:
+                keep_common()
             with self._lock:
                 if self._returns != returns:
                     raise RejoinError(f"step {step} was not committed: the run has gone back")
-                if keep_common is not None:
-                    keep_common()
                 self.journal.write(step, state, about)
 
         return write

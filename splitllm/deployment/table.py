@@ -70,6 +70,7 @@ class Overview:
     def __init__(self, names: Sequence[str], steps: int, eval_every: int | None) -> None:
         self.rows = {name: Row() for name in names}
         self.top, self.steps, self._every = names[0], steps, eval_every
+        self._lanes: dict[tuple[str, Any], int] = {}
 
     def note(self, name: str, event: Mapping[str, Any]) -> None:
         """Take in one event of a role's log."""
@@ -84,7 +85,7 @@ class Overview:
             self._note_step(name, row, event)
 
     def _note_step(self, name: str, row: Row, event: Mapping[str, Any]) -> None:
-        row.step, row.loss = event.get("step"), event.get("loss")
+        row.step, row.loss = self._furthest_behind(name, event), event.get("loss")
         row.clients = event.get("clients", row.clients)
         tokens, seconds = event.get("tokens"), event.get("seconds")
         row.speed = tokens / seconds if tokens is not None and seconds else None
@@ -94,6 +95,14 @@ class Overview:
         row.up, row.down = up, down
         if row.step is not None and (row.step == self.steps or (self._every and row.step % self._every == 0)):
             row.state = "evaluating"
+
+    def _furthest_behind(self, name: str, event: Mapping[str, Any]) -> int | None:
+        """The step of a role; of a server whose clients have lanes that of the one furthest behind."""
+        step: int | None = event.get("step")
+        if "client" not in event or step is None:
+            return step
+        self._lanes[name, event["client"]] = step
+        return min(found for (role, _), found in self._lanes.items() if role == name)
 
     def line(self) -> str:
         """The run in one line, as the top sees it."""

@@ -62,8 +62,8 @@ def _run(deployment: Path, tiers: list[list[str]], recipe: Recipe, console: Cons
     overview = Overview(names, recipe.train.steps, recipe.train.eval_every)
     leash = Leash()
     children = [[_child(deployment, command_of(recipe, name), name, leash) for name in tier] for tier in tiers]
-    summary, lanes = deployment.parent / names[0] / SUMMARY, goes_by_lanes(recipe)
-    crew = Crew(children, overview, Screen(overview, console), summary, lanes=lanes)
+    summary, alone = deployment.parent / names[0] / SUMMARY, goes_by_lanes(recipe) or recipe.wire.absent == "drop"
+    crew = Crew(children, overview, Screen(overview, console), summary, alone=alone)
     with StopSignal() as stop:
         try:
             crew.start(fresh)

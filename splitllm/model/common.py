@@ -1,7 +1,8 @@
 """An adapter that several clients train together, each at its own pace.
 
 Every client computes with a copy, which stays as it is while a step of that client is open. What the step has found is
-given when it closes; once enough was given, the weighted mean of it is one step of the optimiser. So the server part of
+given when it closes; once enough was given, the weighted mean of it, at that of their learning rates, is one step of
+the optimiser. So the server part of
 SplitFed V2 (arXiv 2004.12088) is trained, and a buffer is what FedBuff (arXiv 2106.06639) puts before an optimiser
 whose clients wait for nobody.
 """
@@ -69,13 +70,15 @@ class Common:
         self.given: dict[int, int] = {}
         self.steps = self.changes = 0
         self._pending: Tensors = {}
-        self._tenants, self._tokens, self._weight, self._rate = 0, 0, 0.0, 0.0
+        self._tenants, self._tokens, self._weight, self._rates = 0, 0, 0.0, 0.0
         self._values = self._published()
 
     def lend(self, copy: Trainable) -> None:
         """Let a client's copy be as the adapter is now; its tensors are shared, and never written to."""
+        values = self._values  # replaced as a whole by another thread
         for name, parameter in copy.parameters.items():
-            parameter.data = self._values[name]
+            parameter.data = values[name]
+            parameter.grad = None
 
     def give(self, gift: Gift, gradients: Mapping[str, torch.Tensor], factor: float, rate: float) -> None:
         """Take what a step of a client has found, once: a step that is run again was given before.
@@ -93,7 +96,7 @@ class Common:
         weight = float(gift.labels if self.buffer.by_labels else min(1, gift.labels))
         if weight:
             self._add(gradients, factor * weight)
-            self._weight, self._rate = self._weight + weight, rate
+            self._weight, self._rates = self._weight + weight, self._rates + weight * rate
         self._tenants, self._tokens = self._tenants + 1, self._tokens + gift.tokens
         if self._is_enough():
             self.step()
@@ -101,10 +104,10 @@ class Common:
     def step(self) -> None:
         """Step by what was given, if anything was."""
         if self._weight:
-            self.trainable.apply(self._pending, 1.0 / self._weight, self._rate)
+            self.trainable.apply(self._pending, 1.0 / self._weight, self._rates / self._weight)
             self.steps, self.changes = self.steps + 1, self.changes + 1
             self._values = self._published()
-        self._pending, self._tenants, self._tokens, self._weight = {}, 0, 0, 0.0
+        self._pending, self._tenants, self._tokens, self._weight, self._rates = {}, 0, 0, 0.0, 0.0
 
     def adapter(self) -> Tensors:
         """Its tensors by their names in an adapter file."""
@@ -117,7 +120,7 @@ class Common:
             "given": {str(client): steps for client, steps in self.given.items()},
             "steps": self.steps,
             "changes": self.changes,
-            "pending": [self._tenants, self._tokens, self._weight, self._rate],
+            "pending": [self._tenants, self._tokens, self._weight, self._rates],
         }
 
     def load(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
@@ -128,7 +131,7 @@ class Common:
         self._pending = {name: tensor.to(devices[name], copy=True) for name, tensor in pending.items()}
         self.given = {int(client): int(steps) for client, steps in values["given"].items()}
         self.steps, self.changes = int(values["steps"]), int(values["changes"])
-        self._tenants, self._tokens, self._weight, self._rate = values["pending"]
+        self._tenants, self._tokens, self._weight, self._rates = values["pending"]
         self._values = self._published()
 
     def nbytes(self) -> int:

@@ -74,6 +74,12 @@ def renew_adapter(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def newest_adapter(folders: Sequence[Path]) -> Path | None:
+    """The one whose tensors were written last; None if there is none."""
+    there = [folder for folder in folders if (folder / SAFETENSORS_WEIGHTS_NAME).exists()]
+    return max(there, key=lambda folder: (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_mtime_ns, default=None)
+
+
 def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """A PEFT LoRA adapter from a local folder.
 

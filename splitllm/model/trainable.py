@@ -78,6 +78,10 @@ class Trainable:
         for parameter in self.parameters.values():
             parameter.grad = None
 
+    def end(self) -> None:
+        """The step is over."""
+        self._sum = None
+
     def gradients(self) -> Tensors:
         """The step's summed gradients of this role."""
         return self._sum.total() if self._sum is not None and self.parameters else {}
@@ -90,7 +94,7 @@ class Trainable:
             factor: clipping, multiplies every gradient.
             rate: multiplies the recipe's learning rate (the schedule).
         """
-        self._sum = None
+        self.end()
         if self._optimizer is None:
             return
         for name, parameter in self.parameters.items():

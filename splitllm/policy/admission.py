@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -95,10 +96,16 @@ def most_rows(wanted: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
+def lacking(needed: int, free: int) -> int:
+    """Whole MiB by which a budget has to grow."""
+    return max(1, math.ceil((needed - free) / MIB))
+
+
 def _line(needed: int, size: int, free: int) -> str:
-    """In whole MiB, rounded so that what is free is never said to be enough."""
-    need, have = -(-needed // MIB), free // MIB
+    """Rounded so that what is free is never said to be enough."""
+    need, have = math.ceil(needed / MIB * 10) / 10, math.floor(max(0, free) / MIB * 10) / 10
     return (
-        f"a client of batch size {size} needs {need} MiB of the server's memory, {max(0, have)} MiB are free: raise "
-        f"server.memory_mib by {need - have}, set a smaller data.max_length, or train.activation_checkpointing: true"
+        f"a client of batch size {size} needs {need:.1f} MiB of the server's memory, {have:.1f} MiB are left: "
+        f"raise server.memory_mib by {lacking(needed, free)}, set a smaller data.max_length, or "
+        "train.activation_checkpointing: true"
     )

@@ -267,9 +267,15 @@ def _pace_misfits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         why = "lets clients go at their own pace, so that they cannot step one adapter of their blocks together"
         advice = "use lora.adapters: common (the blocks above all clients are trained together) or per_client"
         yield ("server.batching", "lora.adapters"), f"server.batching: continuous {why}; {advice}"
+    if continuous and adapters == "common" and recipe.train.clip_norm is None:
+        why = "lets one client's gradients move what others train with them at their own pace by any amount"
+        keys = ("train.clip_norm", "server.batching", "lora.adapters")
+        yield keys, f"train.clip_norm: null {why}; set a norm, such as 1.0"
     for name, count in list(recipe.split.tiers.items())[1:-1]:
         if continuous and adapters == "common" and count > 1:
-            why = "with server.batching: continuous and lora.adapters: common each would train another one"
+            why = (
+                "servers of one tier, with server.batching: continuous, would each train a common adapter of their own"
+            )
             keys = ("split.tiers", "server.batching", "lora.adapters")
             yield keys, f"split.tiers.{name}: {count} {why}; use 1, or lora.adapters: per_client"
     for key in ("step_tenants", "step_tokens"):

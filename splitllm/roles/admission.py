@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from splitllm.errors import RecipeError
 from splitllm.model.joined import Rows
 from splitllm.model.memory import Price, role_price, tenant_price
-from splitllm.policy.admission import MIB, Admitted, Refused, admit_all, most_rows
+from splitllm.policy.admission import MIB, Admitted, Refused, admit_all, lacking, most_rows
 from splitllm.recipe import Recipe, client_cuts, client_names, clients_below, goes_by_lanes, lora_of, role_names
 
 Prices = Callable[[int, int], Price]
@@ -129,7 +129,7 @@ def lines_of(recipe: Recipe, found: Mapping[str, Admission]) -> list[str]:
         counts = Counter(admission.batch_sizes.values())
         sizes = [f"{clients} with batches of {rows}" for rows, clients in sorted(counts.items())]
         if admission.refused:
-            sizes.append(f"but not {len(admission.refused)}, {_names(recipe)[min(admission.refused)]} the first")
+            sizes.append(f"but not {', '.join(_names(recipe)[client] for client in sorted(admission.refused))}")
         held = f"{admission.own / MIB:.1f} of {admission.budget // MIB} MiB are its own"
         if admission.room is not None:
             held += f", {admission.room.bytes / MIB:.1f} for activations by turns"
@@ -139,9 +139,9 @@ def lines_of(recipe: Recipe, found: Mapping[str, Admission]) -> list[str]:
 
 def _refusal(recipe: Recipe, server: str, admission: Admission) -> str:
     client, refused = next(iter(admission.refused.items()))
-    others = len(admission.refused) - 1
-    more = -(-sum(one.needed for one in admission.refused.values()) // MIB)
-    all_ = f"; with {others} others that are refused it is {more} MiB that are needed" if others else ""
+    others, free = len(admission.refused) - 1, min(one.free for one in admission.refused.values())
+    more = lacking(sum(one.needed for one in admission.refused.values()), free)
+    all_ = f"; for the {others} others that are refused as well, by {more}" if others else ""
     return f"server.memory_mib: {server} refuses {_names(recipe)[client]}: {refused.line}{all_}"
 
 
@@ -165,7 +165,10 @@ def _by_turns(recipe: Recipe, bare: Admission, clients: Sequence[int], prices: P
     cuts, free = client_cuts(recipe), bare.budget - bare.own
 
     def graphs(rows: int) -> dict[int, int]:
-        return {cuts[client]: prices(client, rows).activations for client in clients}
+        found = dict.fromkeys((cuts[client] for client in clients), 0)
+        for client in clients:
+            found[cuts[client]] = max(found[cuts[client]], prices(client, rows).activations)
+        return found
 
     def outcome(rows: int) -> dict[int, Admitted | Refused]:
         left = free - 2 * max(graphs(rows).values())

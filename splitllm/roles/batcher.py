@@ -58,7 +58,7 @@ class Synchronous:
     def __init__(self, runner: Runner, budget: Budget) -> None:
         self.runner, self.budget = runner, budget
         self._alone = Alone(runner)
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[bool]] = set()
         self.expect([])
 
     def expect(self, micro_batches: Sequence[MicroBatchId]) -> None:

@@ -64,13 +64,6 @@ class Closing:
             norms = squared_norms(worker.own[client].gradients())
             self.own.setdefault(client, []).extend(map(finite, norms.values()))
 
-    def gift(self, step: int) -> Gift | None:
-        """Whose step this is, where it is that of one client."""
-        if len(self.losses) != 1:
-            return None
-        ((client, (_, labels, tokens)),) = self.losses.items()
-        return Gift(client, step, int(labels), int(tokens))
-
     def header(self) -> dict[str, Any]:
         """All but the sums, as it travels."""
         return {"norms": self.norms, "own": self.own, "losses": self.losses, "bytes": self.crossed}
@@ -146,10 +139,13 @@ def apply(worker: Worker, settled: Settled, rate: float, gift: Gift | None = Non
     """
     gradients = worker.trainable.gradients()
     together = {name: settled.sums.get(name, gradient) for name, gradient in gradients.items()}
-    if worker.common is None or gift is None:
+    if worker.common is None:
         worker.trainable.apply(together, settled.factor, rate)
     else:
+        assert gift is not None, "a step of a lane is that of one client"
         worker.common.give(gift, together, settled.factor, rate)
+        worker.trainable.end()
+        worker.common.lend(worker.trainable)
     for client, factor in settled.own.items():
         if client in worker.own and factor is not None:
             worker.own[client].apply(worker.own[client].gradients(), factor, rate)

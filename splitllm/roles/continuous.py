@@ -186,17 +186,23 @@ class Continuous:
     async def _go_backward(self, graph: Graph) -> None:
         """For those that are there; from here on the others are late."""
         self.runner.device.occupancy.waits(-1)
-        self._leave_behind(graph)
+        runs = self._leave_behind(graph)
         members = [member.micro_batch for member in graph.joined.members]
         batch = [graph.here[micro_batch] for micro_batch in members if micro_batch in graph.here]
-        await self.runner.answer(questions.backward, batch, urgent=True)
+        if not await self.runner.answer(questions.backward, batch, urgent=True):
+            await self._release(runs)
         self._freed(graph)
 
-    def _leave_behind(self, graph: Graph) -> None:
-        """Those whose gradients have not come are late."""
+    def _leave_behind(self, graph: Graph) -> list[Pass]:
+        """Those whose gradients have not come are late; returns all that ran."""
         self._late.update({id(late.run): late for late in graph.missing.values()})
         self._say({micro_batch.client for micro_batch in graph.missing})
         del self._graphs[id(graph.joined)]
+        here = [waiting.question.run for waiting in graph.here.values()]
+        return [late.run for late in graph.missing.values()] + here
+
+    async def _release(self, runs: Sequence[Pass]) -> None:
+        await self.runner.device.run(lambda: self.runner.worker.release(runs), urgent=True)
 
     def _let_go(self, graph: Graph) -> None:
         if self._graphs.pop(id(graph.joined), None) is not None:
@@ -324,7 +330,7 @@ class Continuous:
         elif oldest.here:
             self._stand_in_line(oldest)
         else:
-            self._leave_behind(oldest)
+            await self._release(self._leave_behind(oldest))
             self._freed(oldest)
 
     async def _wait(self, until: float) -> None:

@@ -88,10 +88,13 @@ class Runner:
 
         return (await self._compute(run, lambda: [rows], urgent))[0]
 
-    async def answer(self, job: Job[Q, A], batch: Sequence[Waiting[Q]], *, urgent: bool = False) -> None:
+    async def answer(self, job: Job[Q, A], batch: Sequence[Waiting[Q]], *, urgent: bool = False) -> bool:
         """Answer all questions of a batch; of those who are gone when its turn comes nothing is computed.
 
         Should activations fail together, each is asked alone: only who is to blame fails.
+
+        Returns:
+            Whether any was still there.
         """
         live: list[Waiting[Q]] = []
 
@@ -111,14 +114,15 @@ class Runner:
             if len(live) > 1 and not urgent:
                 for waiting in live:
                     await self.answer(job, [waiting])
-                return
+                return True
             for waiting in batch:
                 if not waiting.answer.done():
                     waiting.answer.set_exception(error)
-            return
+            return True
         for waiting, answer in zip(live, answers, strict=True):
             if not waiting.answer.done():
                 waiting.answer.set_result(answer)
+        return bool(live)
 
     async def _compute(
         self, job: Callable[[], Sequence[A]], rows: Callable[[], Sequence[Rows]], urgent: bool

@@ -95,6 +95,7 @@ class Server:
         schedule: step -> multiplier of the learning rate.
         device: where it computes.
         batching: runs its micro-batches; None to run each alone.
+        traffic: what of the bytes that cross its uplink is told of it; None: all.
         commit: called with the number of steps done and the generation, once a step is applied and before anybody is
             told. What it returns is called beside the device, and waited for, too.
 
@@ -115,6 +116,7 @@ class Server:
         schedule: Callable[[int], float],
         device: Device | None = None,
         batching: Batching | None = None,
+        traffic: Traffic | None = None,
         commit: Commit = no_commit,
     ) -> None:
         assert (uplink is None) != (top is None), "a server has a role above it or is the top"
@@ -122,7 +124,7 @@ class Server:
         self.summed, self.entries, self.schedule = frozenset(summed), entries or {}, schedule
         self.device, self.commit = device or Inline(), commit
         self.batching = batching or (Alone(Runner(worker, self.device)) if worker is not None else None)
-        self.crossed = Crossed(uplink.traffic if uplink is not None else Traffic())
+        self.crossed = Crossed(traffic or (uplink.traffic if uplink is not None else Traffic()))
         self._waiting: dict[MicroBatchId, tuple[Pass, torch.Tensor, int]] = {}
         self.begin(children, 0)
 
@@ -132,6 +134,8 @@ class Server:
         self._opening, self._closing = Meeting(children, self._open), Meeting(children, self._close)
         self._weights: LossWeights = {}
         self._scales: dict[int, float] = {}
+        self._labels: dict[int, int] = {}
+        self._tokens: dict[int, int] = {}
         for run, _, _ in self._waiting.values():
             self._need_batching().abandon(run)
         self._waiting = {}
@@ -176,7 +180,9 @@ class Server:
             due.update(dict.fromkeys(ids, message.sender))
             counts.update(own)
         self._weights = await self._loss_weights(messages[0], counts)
-        self._scales = {client: scale_of(self._weights[client], sum(labels)) for client, labels in counts.items()}
+        self._labels = {client: sum(labels) for client, labels in counts.items()}
+        self._scales = {client: scale_of(self._weights[client], labels) for client, labels in self._labels.items()}
+        self._tokens = dict.fromkeys(counts, 0)
         if self.worker is not None and self.batching is not None:
             self.worker.expect(list(due))
             self.batching.expect(list(due))
@@ -209,6 +215,7 @@ class Server:
             if self._due.get(micro_batch) != message.sender or micro_batch in self._begun:
                 raise PeerError(f"{message.sender} sent {micro_batch}, which is not due, or for the second time")
             self._begun.add(micro_batch)
+            self._tokens[micro_batch.client] += sum(message.header["lengths"])
         return micro_batch
 
     def _check_done(self, message: Message) -> None:
@@ -303,7 +310,7 @@ class Server:
         if self.worker is not None:
             closing.hand_in(self.worker, self.summed, self._scales)
         settled = await self._settle(messages[0], closing)
-        await self._apply(step, settled, closing.gift(step))
+        await self._apply(step, settled, self._gift(step))
 
         def reply(message: Message) -> Message:
             below = {int(client) for client in message.header["own"]}
@@ -311,6 +318,13 @@ class Server:
             return self.message("close", message.micro_batch, settled.header(below), sums)
 
         return reply
+
+    def _gift(self, step: int) -> Gift | None:
+        """Whose step this is, where it is that of one client, by what the server has seen of it."""
+        if len(self._labels) != 1:
+            return None
+        ((client, labels),) = self._labels.items()
+        return Gift(client, step, labels, self._tokens[client])
 
     async def _apply(self, step: int, settled: Settled, gift: Gift | None) -> None:
         """One optimiser step, and its commit; the device does not wait for the disk."""

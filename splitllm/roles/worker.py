@@ -136,6 +136,15 @@ class Worker:
         self._collect(runs[0].joined, [run.micro_batch for run in runs])
         return [None if run.input_TD is None else run.input_TD.grad for run in runs]
 
+    def release(self, runs: Sequence[Pass]) -> None:
+        """Free the graph of forwards that ran together and get no gradient, as a backward does."""
+        targets = [run.output_TD for run in runs if run.output_TD.requires_grad]
+        if targets:
+            self.shard.key.begin(runs[0].joined)
+            torch.autograd.backward(targets, [torch.zeros_like(target) for target in targets])
+        for trainable in (self.trainable, *(each for run in runs for each in self._of(run.micro_batch.client))):
+            trainable.forget()
+
     def expect(self, micro_batches: Sequence[MicroBatchId]) -> None:
         """Open a step: these micro-batches will come."""
         if self.common is not None:
@@ -159,7 +168,7 @@ class Worker:
         if self.common is None:
             self.trainable.load({key: tensor for key, tensor in tensors.items() if not key.startswith(TENANT)})
         else:
-            self.trainable.forget()
+            self.common.lend(self.trainable)
         for client, trainable in self.own.items():
             prefix = f"{TENANT}{client}/"
             trainable.load({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from splitllm.model.export import renew_adapter, save_adapter
-from splitllm.model.lora import lora_config, target_modules
-from splitllm.model.naming import names_in_unsplit, rename_tensors
+from splitllm.errors import CheckpointError
+from splitllm.model.export import load_adapter, newest_adapter, renew_adapter, save_adapter
+from splitllm.model.lora import block_of, lora_config, target_modules
+from splitllm.model.naming import PREFIX, names_in_unsplit, rename_tensors
 from splitllm.preflight import Plan
-from splitllm.recipe import LoraRecipe, lora_of
+from splitllm.recipe import LoraRecipe, lora_of, own_blocks
 from splitllm.roles.worker import TENANT
 from splitllm.running.base import base_folder
 from splitllm.running.places import adapter_folders
 from splitllm.running.state import Totals
 
+logger = logging.getLogger(__name__)
 PACKAGES = ("splitllm", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -42,18 +45,28 @@ def export_of(plan: Plan, directory: Path, tensors: Mapping[str, torch.Tensor], 
     mine = {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
     config = adapter_config(plan, lora_of(recipe, client), base, modules)
     folder = adapter_folders(recipe, directory)[client]
-    save_adapter(folder, rename_tensors(_common(tensors) | mine, modules), config)
+    together = {name: tensor for name, tensor in tensors.items() if not name.startswith(TENANT)}
+    save_adapter(folder, rename_tensors(together | mine, modules), config)
 
 
-def renew(plan: Plan, directory: Path, tensors: Mapping[str, torch.Tensor], client: int) -> None:
-    """Write what is not a client's own into the adapter that was written of one client; the rest stays as it is."""
-    recipe = plan.recipe
-    modules = names_in_unsplit(base_folder(recipe, directory), plan.modules, recipe.model.revision)
-    renew_adapter(adapter_folders(recipe, directory)[client], rename_tensors(_common(tensors), modules))
-
-
-def _common(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(TENANT)}
+def renew(plan: Plan, directory: Path, clients: Sequence[int]) -> None:
+    """Give all adapters what the one that was written last has of the common part, which has gone on until then."""
+    recipe, config = plan.recipe, plan.config
+    own = own_blocks(recipe, config.num_hidden_layers)
+    common = [module for module in plan.modules if block_of(config, module) not in own]
+    if recipe.lora.adapters != "common" or not common:
+        return
+    modules = names_in_unsplit(base_folder(recipe, directory), common, recipe.model.revision)
+    folders = [adapter_folders(recipe, directory)[client] for client in clients]
+    if (newest := newest_adapter(folders)) is None:
+        return
+    beginnings = tuple(f"{PREFIX}{module}." for module in modules.values())
+    tensors = {name: tensor for name, tensor in load_adapter(newest)[1].items() if name.startswith(beginnings)}
+    for folder in folders:
+        try:
+            renew_adapter(folder, tensors)
+        except CheckpointError as error:
+            logger.warning("left as it is: %s", error)
 
 
 def adapter_config(plan: Plan, lora: LoraRecipe, base: str, modules: Mapping[str, str]) -> Any:

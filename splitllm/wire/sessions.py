@@ -163,7 +163,8 @@ class Sessions:
             await self._serve(stream, identity)
         except Refused as refused:
             self.refused[refused.reason] = self.refused.get(refused.reason, 0) + 1
-            logger.warning("refused", extra={"fields": {"reason": refused.reason, "text": str(refused)}})
+            child = {"child": refused.child} if refused.child else {}
+            logger.warning("refused", extra={"fields": {**child, "reason": refused.reason, "text": str(refused)}})
             raise
 
     def tell_all(self, error: SplitLLMError) -> None:
@@ -184,8 +185,7 @@ class Sessions:
             logger.info("connected", extra={"fields": {"child": session.name}})
             await self._talk(stream, session, connection)
         except Refused as refused:
-            fields = {"child": session.name, "reason": refused.reason}
-            logger.warning("broke the protocol", extra={"fields": fields})
+            refused.child = session.name
             if session.connection is connection:
                 session.forget()
                 session.over = True

@@ -21,12 +21,15 @@ class Refused(PeerError):
             or version), taken (another process has the name), admission (no memory for it), internal (an error there).
         text: one line for the user, cut to `LONGEST` characters, with ? for what cannot be printed: peers' words may be
             in it.
+
+    Attributes:
+        child: whose connection it was, once that is known.
     """
 
     def __init__(self, reason: Reason, text: str) -> None:
         line = "".join(character if character.isprintable() else "?" for character in text[: LONGEST + 1])
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}...")
-        self.reason = reason
+        self.reason, self.child = reason, ""
 
 
 class Disconnected(PeerError):

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import secrets
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ class RemoteLink:
 
     Attributes:
         traffic: the frames' bytes since the handshake, those that were sent again included.
+        of_client: the same by the client whose lane a request and its answer belong to.
         failed: done, with the error, when there is no way up any more.
     """
 
@@ -87,7 +89,7 @@ class RemoteLink:
         patience: float = 150.0,
         on_change: Callable[[str], None] = lambda state: None,
     ) -> None:
-        self.traffic = Traffic()
+        self.traffic, self.of_client = Traffic(), defaultdict[int, Traffic](Traffic)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._dial, self._server, self._coding, self._limits = dial, server, coding, limits
         self._hello = {**hello, "protocol": VERSION, "incarnation": secrets.token_hex(8)}
@@ -221,9 +223,11 @@ class RemoteLink:
             if pending is None or pending.reply.done() or not (pending.frames or self._frame(number, pending)):
                 continue
             self._under_way.add(number)
+            lane = self.of_client[pending.message.micro_batch[1]]
             for frame in pending.frames:
                 await stream.write(frame)
                 self.traffic.up += len(frame)
+                lane.up += len(frame)
         for frame in to_frames(Envelope(FrameType.GOODBYE, 0)):
             await stream.write(frame)
             self.traffic.up += len(frame)
@@ -248,7 +252,7 @@ class RemoteLink:
         return True
 
     async def _receive(self, stream: Stream) -> None:
-        assembler = Assembler(self._limits)
+        assembler, before = Assembler(self._limits), self.traffic.down
         while (envelope := await self._next(stream, assembler, self.traffic)) is not None:
             if envelope.type not in (FrameType.REPLY, FrameType.ERROR):
                 raise PeerError(f"{self._server} sent a {envelope.type.name.lower()} where only answers are due")
@@ -256,6 +260,9 @@ class RemoteLink:
                 raise error_of(envelope)
             self._received.append(envelope.number)
             self._free(envelope.number)
+            if (pending := self._pending.get(envelope.number)) is not None:
+                self.of_client[pending.message.micro_batch[1]].down += self.traffic.down - before
+            before = self.traffic.down
             self._resolve(envelope)
         if not self._leaving:
             raise Disconnected(f"{self._server} ended the connection")

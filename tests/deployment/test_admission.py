@@ -33,9 +33,9 @@ from tests.wire import serving
 
 TWO = ["split.tiers={client: 2, cloud: 1}", "split.cuts=[2]", "train.threads=1", "server.memory_mib=1"]
 SMALLER = [*TWO, "train.batch_size=8", "model.dropout=0.0"]
-"""A client of 8 rows takes 1.2 of 1 MiB, one of 3 rows 0.5, and the server itself 0.03."""
-ONE_REFUSED = [*TWO, "train.accumulate=5", "train.in_flight=5", "wire.absent=drop", "wire.drop_after=0.5"]
-"""Already one row takes 0.55 MiB."""
+"""A client of 8 rows takes 0.65 of 1 MiB, one of 5 rows 0.41, and the server itself 0.03."""
+ONE_REFUSED = [*TWO, "train.accumulate=7", "train.in_flight=7", "wire.absent=drop", "wire.drop_after=0.5"]
+"""Already one row takes 0.53 MiB."""
 
 
 def recipe_of(folder: Path, *words: str) -> Recipe:
@@ -72,9 +72,9 @@ def test_a_run_with_smaller_batches_gives_the_adapter_of_train(
 
     with caplog.at_level(logging.INFO, "splitllm"):
         asyncio.run(run(recipe, tmp_path))
-    assert [cut["batch size"] for cut in said(caplog, "cut")] == [3, 3]
+    assert sorted(cut["batch size"] for cut in said(caplog, "cut")) == [5, 6]
     (decided,) = said(caplog, "admission")
-    assert decided["smaller batches"] == {0: 3, 1: 3} and decided["refused"] == []
+    assert decided["smaller batches"] == {0: 6, 1: 5} and decided["refused"] == []
     assert decided["own MiB"] + decided["clients MiB"] <= decided["server.memory_mib"] == 1
     assert_as_trained(recipe, tmp_path)
 
@@ -141,7 +141,7 @@ def test_who_is_refused_hears_the_numbers_and_the_others_go_on(
 ) -> None:
     monkeypatch.setattr(server, "LINGER_SECONDS", 0.2)
     recipe = recipe_of(tmp_path, *ONE_REFUSED)
-    line = r"client-1: a client of batch size 1 needs 1 MiB of the server's memory, 0 MiB are free: raise server\.mem"
+    line = r"^server\.memory_mib: a client of batch size 1 needs 0\.6 MiB of the server's memory, 0\.4 MiB are left: r"
 
     async def refused_run() -> None:
         cloud, first, second = stations(recipe, tmp_path)
@@ -166,10 +166,10 @@ def test_more_rows_than_a_client_was_let_in_with_are_refused(tmp_path: Path) -> 
     plan = prepare(load_recipe(write_recipe(tmp_path), SMALLER), data=False)
     seen: list[Message] = []
     check = admission.checked(seen.append, plan.admissions["cloud"])
-    for rows in (1, 3):
+    for rows in (1, 5):
         check(Message("forward", "client-1", (0, 1, 0), {"lengths": [3] * rows}))
-    too_many = Message("forward", "client-1", (0, 1, 0), {"lengths": [3] * 4})
-    with pytest.raises(PeerError, match="client-1 sent forward with 4 rows, where there is memory for 3"):
+    too_many = Message("forward", "client-1", (0, 1, 0), {"lengths": [3] * 6})
+    with pytest.raises(PeerError, match="client-1 sent forward with 6 rows, where there is memory for 5"):
         check(too_many)
     assert len(seen) == 3
     assert admission.checked(seen.append, None) == seen.append
@@ -180,15 +180,15 @@ def test_nothing_but_the_recipe_decides_so_a_server_that_was_restarted_decides_t
     plans = [prepare(recipe, data=data, client=client) for data, client in ((False, None), (True, 1))]
     first, second = (admissions(recipe, plan.config, plan.modules) for plan in plans)
     assert first == second == plans[0].admissions
-    assert admission.rows_for(recipe, plans[0].admissions["cloud"], "client-1") == 3
+    assert admission.rows_for(recipe, plans[0].admissions["cloud"], "client-1") == 5
     assert admission.rows_for(recipe, None, "edge") == recipe.train.batch_size
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["train.accumulate=5", "train.in_flight=5"], "cloud refuses client-1: a client of batch size 1 needs 1 MiB"),
-        (["train.accumulate=10", "train.in_flight=10"], "cloud refuses client-0: a client of batch size 1 needs 2 MiB"),
+        (["train.accumulate=7", "train.in_flight=7"], "cloud refuses client-1: a client of batch size 1 needs 0.6 MiB"),
+        (["train.accumulate=15", "train.in_flight=15"], "cloud refuses client-0: a client of batch size 1 needs 1.2"),
     ],
 )
 def test_a_recipe_in_which_somebody_would_be_waited_for_in_vain_is_refused(
@@ -212,21 +212,21 @@ def test_validate_tells_whom_the_servers_take_in(tmp_path: Path) -> None:
     three = ["split.tiers={client: 3, edge: 2, cloud: 1}", "server.memory_mib=1", "train.batch_size=9"]
     lines = describe(prepare(load_recipe(write_recipe(tmp_path), three)))
     assert [line for line in lines if line.startswith("memory")] == [
-        "memory of edge-0: 0.0 of 1 MiB are its own; of its clients it takes in 2 with batches of 2",
-        "memory of edge-1: 0.0 of 1 MiB are its own; of its clients it takes in 1 with batches of 4",
+        "memory of edge-0: 0.0 of 1 MiB are its own; of its clients it takes in 2 with batches of 3",
+        "memory of edge-1: 0.0 of 1 MiB are its own; of its clients it takes in 1 with batches of 6",
     ]
 
 
 def test_clients_at_their_own_pace_take_turns_for_memory_and_learn_the_same(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
-    crowd = ("split.tiers={client: 5, edge: 1, cloud: 1}", "split.cuts=[1, 3]", "split.labels=client")
+    crowd = ("split.tiers={client: 8, edge: 1, cloud: 1}", "split.cuts=[1, 3]", "split.labels=client")
     words = (*crowd, "lora.adapters=per_client", "server.memory_mib=1", "train.batch_size=4", "model.dropout=0")
     apart = prepare(with_ports(path, *words)).admissions["edge"]
     recipe = with_ports(path, *words, "server.batching=continuous", "server.starve=0.2")
     (edge,) = [taken_in for name, taken_in in prepare(recipe).admissions.items() if name == "edge"]
     assert max(apart.batch_sizes.values()) < 4 and apart.room is None
     assert set(edge.batch_sizes.values()) == {4} and edge.room is not None
-    assert edge.room.bytes < 2 * max(edge.room.graphs.values()), "not for all at once"
+    assert edge.room.bytes < 4 * max(edge.room.graphs.values()), "not for all at once"
     held = edge.own + sum(one.bytes for one in edge.admitted.values()) + edge.room.bytes
     assert held + max(edge.room.graphs.values()) <= edge.budget
 
@@ -236,7 +236,7 @@ def test_clients_at_their_own_pace_take_turns_for_memory_and_learn_the_same(tmp_
 
     serving.run(trained, 60)
     train(recipe, tmp_path / "alike")
-    for client in range(5):
+    for client in range(8):
         found, expected = (adapter(tmp_path / place / "adapter" / f"client-{client}") for place in ("cloud", "alike"))
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)

@@ -38,7 +38,7 @@ time.sleep(60)
 class Stage:
     """Three tiers of one role each; what they run is given, bottom-up."""
 
-    def __init__(self, folder: Path, client: str, edge: str, cloud: str, *, lanes: bool = False) -> None:
+    def __init__(self, folder: Path, client: str, edge: str, cloud: str, *, alone: bool = False) -> None:
         self.overview = Overview(["cloud", "edge", "client"], steps=3, eval_every=None)
         self.file = io.StringIO()
         screen = Screen(self.overview, Console(file=self.file, width=200))
@@ -46,7 +46,7 @@ class Stage:
         self.children = {name: self._child(folder, name, code) for name, code in names.items()}
         self.summary = folder / "summary.json"
         tiers = [[child] for child in self.children.values()]
-        self.crew = Crew(tiers, self.overview, screen, self.summary, lanes=lanes)
+        self.crew = Crew(tiers, self.overview, screen, self.summary, alone=alone)
 
     @staticmethod
     def _child(folder: Path, name: str, code: str) -> Child:
@@ -144,9 +144,9 @@ def test_ctrl_c_stops_clients_first_and_the_cloud_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("completes", [True, False])
-def test_where_clients_have_lanes_the_others_go_on_without_one_that_fails(tmp_path: Path, completes: bool) -> None:
+def test_where_they_can_the_others_go_on_without_a_client_that_fails(tmp_path: Path, completes: bool) -> None:
     summary = f"time.sleep(1.5); open({str(tmp_path / 'summary.json')!r}, 'w').close()" if completes else SLEEP
-    stage = Stage(tmp_path, "print('it has diverged'); sys.exit(1)", SLEEP, summary, lanes=True)
+    stage = Stage(tmp_path, "print('it has diverged'); sys.exit(1)", SLEEP, summary, alone=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("splitllm.deployment.crew.SETTLE_SECONDS", 2.5)
         with nullcontext() if completes else pytest.raises(PeerError, match=r"^client: it has diverged\n"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from splitllm.model.common import Buffer, Common, Gift
 from splitllm.model.trainable import Trainable
 from splitllm.recipe import OptimizerRecipe, Recipe
 from splitllm.train import train
+from splitllm.wire.message import Message
 from tests.deployment.lanes import adapter, adapters, deployed, kept, with_ports
 from tests.tiny import write_recipe
 from tests.wire.serving import run
@@ -28,7 +31,7 @@ WORDS = (
     "split.tiers={client: 3, edge: 1, cloud: 1}",
     "split.client_cuts={client-2: 2}",
     "lora.adapters=common",
-    "train.clip_norm=null",
+    "train.clip_norm=1e6",
     "server.wait=0.03",
     "train.schedule={name: constant}",
 )
@@ -70,16 +73,14 @@ def test_one_step_of_all_is_that_of_the_mean_of_them(path: Path, tmp_path: Path,
 
 
 def test_one_client_alone_learns_what_it_learns_in_train(path: Path, tmp_path: Path) -> None:
-    words = (
-        "split.tiers={client: 1, edge: 1, cloud: 1}",
-        "split.client_cuts={}",
-        "train.steps=4",
-        "train.clip_norm=0.1",
-    )
-    words = (*words, "train.clip_norm=0.1")
+    words = ("split.tiers={client: 1, edge: 1, cloud: 1}", "split.client_cuts={}", "train.steps=4")
+    words = (*words, "train.clip_norm=0.1", "train.eval_every=1")
     train(with_ports(path, *WORDS, *words), tmp_path / "alike")
     deploy(recipe_of(path, *words), tmp_path)
-    found, expected = (adapter(place / "adapter" / "client") for place in (tmp_path / "cloud", tmp_path / "alike"))
+    runs = tmp_path / "cloud", tmp_path / "alike"
+    found, expected = (adapter(run / "adapter" / "client") for run in runs)
+    told, losses = ([r["loss"] for r in read_records(run / "metrics.jsonl") if r["event"] == "eval"] for run in runs)
+    assert told == pytest.approx(losses, rel=1e-9) and len(losses) > 2
     assert not {key: error for key, error in errors({"": found}, {"": expected}).items() if error > 1e-9}
 
 
@@ -105,8 +106,8 @@ def common() -> Common:
     return Common(Trainable({"a": nn.Parameter(torch.ones(3))}, OptimizerRecipe()), Buffer(2))
 
 
-def held(of: Common, folder: Path, *, new: bool = True) -> Held:
-    return Held(of, Journal(folder, {"role": "edge"}), 2, [0, 1], new=new)
+def held(of: Common, folder: Path, first: int = 0, second: int = 0) -> Held:
+    return Held(of, Journal(folder, {"role": "edge"}), 2, {0: first, 1: second})
 
 
 def give(to: Common, client: int, step: int) -> None:
@@ -121,11 +122,11 @@ def test_an_older_state_never_replaces_a_newer_one(tmp_path: Path) -> None:
     give(first, 1, 0)
     newer = keeper.keeping()
     give(first, 0, 1)
-    newer()
     older()
+    newer()
     keeper._journal.close()
     second = common()
-    held(second, tmp_path, new=False)
+    held(second, tmp_path, 1, 1)
     assert second.given == {0: 1, 1: 1} and second.steps == 1
     give(second, 0, 1)
     assert torch.equal(first.adapter()["a"], second.adapter()["a"]) and first.state()[1] == second.state()[1]
@@ -144,6 +145,47 @@ def test_what_is_pending_is_stepped_by_once_nothing_more_will_come(tmp_path: Pat
     assert of.steps == 2
 
 
-def test_what_is_common_is_not_begun_anew_where_lanes_have_gone_on(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"in common is missing, though they have committed steps; give a new"):
-        held(common(), tmp_path, new=False)
+@pytest.mark.parametrize("what", ["gone", "damaged"])
+def test_what_lanes_have_committed_must_be_in_it(tmp_path: Path, what: str) -> None:
+    of = common()
+    keeper = held(of, tmp_path)
+    for step in range(2):
+        give(of, 0, step)
+        keeper.keeping()()
+    keeper._journal.close()
+    newest = max(tmp_path.glob("step-*"), key=lambda place: int(place.stem.partition("-")[2]))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    if what == "gone":
+        for entry in tmp_path.glob("step-*"):
+            entry.unlink()
+    said = (
+        rf"what all lanes train has {int(what == 'damaged')} steps of client 0, whose lane has committed 2; give a new"
+    )
+    with pytest.raises(CheckpointError, match=said):
+        held(common(), tmp_path, 2)
+
+
+def test_a_gift_weighs_what_the_server_has_seen_whatever_its_client_says(path: Path, tmp_path: Path) -> None:
+    given: dict[str, list[Gift]] = {}
+
+    def lie(message: Message) -> Message:
+        if message.kind != "close":
+            return message
+        return replace(message, header={**message.header, "losses": {"1": [1.0, 1 << 52, 1 << 52]}})
+
+    def note(self: Common, gift: Gift, *more: Any) -> None:
+        given.setdefault(f"client-{gift.client}", []).append(gift)
+        return give_really(self, gift, *more)
+
+    give_really = Common.give
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Common, "give", note)
+        recipe = recipe_of(path, "train.steps=2", "server.step_tokens=1000")
+
+        async def test() -> None:
+            async with deployed(recipe, tmp_path, lie) as tasks:
+                await asyncio.gather(*tasks.values())
+
+        run(test, 60)
+    assert {name: len(gifts) for name, gifts in given.items()} == {"client-0": 4, "client-1": 4, "client-2": 4}
+    assert all(0 < gift.labels <= gift.tokens < 1000 for gifts in given.values() for gift in gifts)

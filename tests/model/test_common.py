@@ -103,3 +103,12 @@ def test_whoever_has_no_labels_gives_nothing_and_is_counted() -> None:
     give(common, 1, 0, labels=0)
     assert common.steps == 0 and common.given == {0: 1, 1: 1}
     assert torch.equal(common.adapter()["a"], torch.ones(SHAPE, dtype=torch.float64))
+
+
+def test_a_buffer_steps_at_the_mean_of_its_learning_rates() -> None:
+    common, alone = Common(trainable(), Buffer(2)), trainable()
+    found = [gradient(client) for client in range(2)]
+    for client, rate in enumerate((0.0, 1.0)):
+        common.give(Gift(client, 0, 1 + 2 * client, 1), found[client], 1.0, rate)
+    alone.apply({"a": (found[0]["a"] + 3 * found[1]["a"]) / 4}, 1.0, 0.75)
+    torch.testing.assert_close(common.adapter()["a"], alone.parameters["a"].detach(), rtol=1e-12, atol=1e-12)

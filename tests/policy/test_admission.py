@@ -28,7 +28,7 @@ def test_a_refusal_names_the_numbers_and_the_remedies() -> None:
     assert refused == Refused(
         150 * MIB,
         120 * MIB + 1,
-        "a client of batch size 2 needs 150 MiB of the server's memory, 120 MiB are free: "
+        "a client of batch size 2 needs 150.0 MiB of the server's memory, 120.0 MiB are left: "
         "raise server.memory_mib by 30, set a smaller data.max_length, or train.activation_checkpointing: true",
     )
 

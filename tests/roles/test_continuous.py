@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -135,6 +136,28 @@ def is_empty(continuous: Continuous) -> bool:
     return not any(kept) and continuous._held == 0 and waiting == 0
 
 
+class Saved:
+    """A tensor saved for the backward; it goes when its node of the graph does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+@contextmanager
+def counting() -> Iterator[weakref.WeakSet[Saved]]:
+    """The large tensors that graphs made meanwhile keep."""
+    alive: weakref.WeakSet[Saved] = weakref.WeakSet()
+
+    def keep(tensor: torch.Tensor) -> Saved:
+        saved = Saved(tensor)
+        if tensor.numel() >= 10 * WIDTH and not isinstance(tensor, torch.nn.Parameter):
+            alive.add(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+        yield alive
+
+
 def test_what_is_ready_runs_together_and_gradients_go_before_new_activations(seen: Seen) -> None:
     async def test() -> None:
         continuous = scheduler(seen.worker)
@@ -247,28 +270,13 @@ def test_those_who_are_late_go_again_in_one_batch(seen: Seen) -> None:
     run(test)
 
 
-class Saved:
-    """A tensor saved for the backward; it goes when its node of the graph does."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-
 @pytest.mark.parametrize("late", [0, 1], ids=["all at once", "one never comes"])
 def test_the_graph_goes_with_the_first_backward_whoever_holds_its_outputs(late: int, seen: Seen) -> None:
-    alive: weakref.WeakSet[Saved] = weakref.WeakSet()
-
-    def keep(tensor: torch.Tensor) -> Saved:
-        saved = Saved(tensor)
-        if tensor.numel() >= 10 * WIDTH and not isinstance(tensor, torch.nn.Parameter):
-            alive.add(saved)
-        return saved
-
     async def test() -> None:
         continuous = scheduler(seen.worker, 0.0, price=lambda ask: 7)
         one = torch.tensor([1])
         await asyncio.gather(*(continuous.loss(LossAsk(ask(c), one, one, 0.1)) for c in range(4)))  # the largest batch
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+        with counting() as alive:
             runs = await asyncio.gather(*(continuous.forward(ask(client, 1)) for client in range(3)))
         gc.collect()
         held = len(alive)
@@ -300,10 +308,19 @@ def test_no_more_memory_is_held_than_there_is_and_what_waits_for_it_runs_at_last
 def test_who_holds_memory_and_is_silent_is_late_before_anybody_starves(seen: Seen) -> None:
     async def test() -> None:
         continuous = scheduler(seen.worker, memory=250, price=lambda rows: 100, starve=0.05)
-        silent = await asyncio.gather(*(continuous.forward(ask(client)) for client in range(2)))
+        one = torch.tensor([1])
+        await asyncio.gather(
+            *(continuous.loss(LossAsk(ask(c, 1), one, one, 0.1)) for c in range(4))
+        )  # the largest batch
+        seen.ran.clear()
+        with counting() as alive:
+            silent = await asyncio.gather(*(continuous.forward(ask(client)) for client in range(2)))
+        assert len(alive) > 20
         begun = asyncio.get_running_loop().time()
         other = await continuous.forward(ask(2))
         assert 0.05 <= asyncio.get_running_loop().time() - begun < 5 and continuous._held == 100
+        gc.collect()
+        assert len(alive) == 0, "what is let go is gone"
         gradients = await asyncio.gather(*(continuous.backward(up(run)) for run in (*silent, other)))
         assert all(gradient is not None for gradient in gradients) and is_empty(continuous)
         assert [clients for kind, clients in seen.ran if kind == "forward"] == [[0, 1], [2], [0, 1]]
@@ -321,6 +338,24 @@ def test_whoever_breaks_a_batch_fails_alone(seen: Seen) -> None:
         for answer in answers[::2]:
             assert isinstance(answer, Pass)
             assert await continuous.backward(up(answer)) is not None
+        assert is_empty(continuous)
+
+    run(test)
+
+
+def test_where_all_who_came_are_gone_their_graph_is_too(seen: Seen) -> None:
+    async def test() -> None:
+        continuous, one = scheduler(seen.worker, 0.0, price=lambda rows: 7), torch.tensor([1])
+        await asyncio.gather(*(continuous.loss(LossAsk(ask(c), one, one, 0.1)) for c in range(4)))  # the largest batch
+        with counting() as alive:
+            runs = await asyncio.gather(*(continuous.forward(ask(client, 1)) for client in range(2)))
+        coming = asyncio.create_task(continuous.backward(up(runs[0])))
+        await asyncio.sleep(0)
+        coming.cancel()
+        await asyncio.sleep(0.05)
+        gc.collect()
+        assert len(alive) == 0 and continuous._held == 0 and runs[0].output_TD.shape == (12, WIDTH)
+        continuous.abandon(runs[1])
         assert is_empty(continuous)
 
     run(test)

@@ -19,6 +19,7 @@ from splitllm.wire.frames import Envelope, FrameType, frames_bytes
 from splitllm.wire.issuing import issue
 from splitllm.wire.link import Handler, Link, LocalLink
 from splitllm.wire.message import Message
+from splitllm.wire.uplink import RemoteLink
 from tests.wire.serving import echo, linked, run, served
 
 Open = Callable[..., AbstractAsyncContextManager[Link]]
@@ -327,5 +328,21 @@ def test_a_link_that_is_closed_answers_nothing_more(open_link: Open) -> None:
                 await one
         with pytest.raises(PeerError, match=r"^the link to cloud is closed$"):
             await link.request(ask(9))
+
+    run(test)
+
+
+def test_bytes_are_counted_for_the_client_whose_lane_they_are_of(open_link: Open, kind: str) -> None:
+    if kind == "local":
+        pytest.skip("a local link has no lanes")
+
+    async def test() -> None:
+        async with open_link() as link:
+            assert isinstance(link, RemoteLink)
+            asked = [Message("forward", "edge", (0, client, 0), {}, {"x": torch.zeros(500)}) for client in (0, 1, 1)]
+            await asyncio.gather(*map(link.request, asked))
+            mine, other = link.of_client[0], link.of_client[1]
+            assert (mine.up + other.up, mine.down + other.down) == (link.traffic.up, link.traffic.down)
+            assert 2000 < mine.up < other.up < 2.1 * mine.up and 2000 < mine.down < other.down < 2.1 * mine.down
 
     run(test)
