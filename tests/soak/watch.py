@@ -51,8 +51,10 @@ class Watch:
         return [sample for sample in self.samples if start <= sample.progress <= stop]
 
     def rss_between(self, start: float, stop: float) -> float:
-        """The median, MiB."""
-        return median(sample.rss_mib for sample in self.between(start, stop))
+        """The median, MiB; where no look fell into that part, that of the look next to it."""
+        middle = (start + stop) / 2
+        nearest = min(self.samples, key=lambda sample: abs(sample.progress - middle))
+        return median(sample.rss_mib for sample in self.between(start, stop) or [nearest])
 
     def descriptors_between(self, start: float, stop: float) -> float:
         return median(sample.descriptors for sample in self.between(start, stop))
