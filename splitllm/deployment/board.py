@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from splitllm.deployment.past import COMMON_STEPS
 from splitllm.deployment.record import memory_of
 from splitllm.deployment.station import Station
 from splitllm.errors import DivergedError
@@ -61,7 +62,10 @@ class Board:
         totals.loss_before, totals.loss_after = (_mean(records, step) for step in (0, recipe.train.steps))
         words = {role: said for record in records for role, said in record.words.items()}
         numbers = sum(self._numbers(client) for client in here)
-        self.metrics.write_summary(summary_of(totals, numbers, memory_of(words), what_leaves_in_a_deployment(recipe)))
+        summary = summary_of(totals, numbers, memory_of(words), what_leaves_in_a_deployment(recipe))
+        self.metrics.write_summary(
+            summary | {"clients": {each.name: each.said() for each in records}} | _common(records)
+        )
         logger.info("done", extra={"fields": {"adapters": str(directory / ADAPTER), "loss": totals.loss_after}})
 
     def ended(self) -> list[int]:
@@ -93,6 +97,15 @@ class LaneRecord:
     evaluations: dict[int, tuple[float, int]] = field(default_factory=dict)
     words: dict[str, Any] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
+
+    def said(self) -> dict[str, Any]:
+        """What the summary tells of it."""
+        before, after = (self.evaluations.get(step) for step in (0, self.board.station.recipe.train.steps))
+        return {
+            "eval_loss_before": before and before[0],
+            "eval_loss_after": after and after[0],
+            "train_tokens": self.totals.tokens,
+        }
 
     def values(self) -> dict[str, Any]:
         """What the journal keeps."""
@@ -157,6 +170,15 @@ class LaneRecord:
         self.words = dict(words)
         export_of(self.board.station.plan, self.board.station.options.directory, adapter, self.client)
         self.board.done()
+
+
+def _common(records: Sequence[LaneRecord]) -> dict[str, Any]:
+    """How often every server has stepped what clients train in common; nothing where there is none."""
+    steps: dict[str, int] = {}
+    for role, said in (pair for record in records for pair in record.words.items()):
+        if COMMON_STEPS in said:
+            steps[role] = max(steps.get(role, 0), int(said[COMMON_STEPS]))
+    return {COMMON_STEPS: steps} if steps else {}
 
 
 def _mean(records: Sequence[LaneRecord], step: int) -> float | None:

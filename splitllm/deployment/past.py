@@ -20,6 +20,7 @@ from splitllm.roles.together import Tensors
 from splitllm.roles.worker import Worker
 
 MIB = 2**20
+COMMON_STEPS = "common_steps"
 HELD = "held: "
 """Before the name of a part in closing words: what the tensors of that part took at most."""
 
@@ -121,4 +122,6 @@ class Past:
         words = {"rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
         if self.worker.device.type == "cuda":
             words["gpu_mib"] = round(torch.cuda.max_memory_allocated(self.worker.device) / MIB, 1)
+        if self._held is not None:
+            words[COMMON_STEPS] = self._held.common.steps
         return words | {f"{HELD}{name}": round(size / MIB, 2) for name, size in self._speaks_for.peak().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,10 @@ def test_every_step_of_every_client_is_in_it_once(path: Path, tmp_path: Path, wh
         assert values["changes"] == 12 + optimizer_steps and values["pending"][:3] == [0, 0, 0.0]
     losses = [r["loss"] for r in read_records(tmp_path / "cloud" / "metrics.jsonl") if r["event"] == "eval"]
     assert sum(losses[-3:]) < sum(losses[:3])
+    summary = json.loads((tmp_path / "cloud" / "summary.json").read_text())
+    assert summary["common_steps"] == {"edge": optimizer_steps, "cloud": optimizer_steps}
+    told = [client["eval_loss_after"] for client in summary["clients"].values()]
+    assert list(summary["clients"]) == ["client-0", "client-1", "client-2"] and sorted(told) == sorted(losses[-3:])
     first, *others = adapters(tmp_path).values()
     for key, tensor in first.items():
         together = ".h.2." in key or ".h.3." in key
