@@ -49,7 +49,9 @@ class Board:
 
     def done(self) -> None:
         """When every client has its adapter, or has diverged: write the summary, unless that was done already."""
-        directory, recipe, here = self.station.options.directory, self.station.recipe, self.ended()
+        directory, recipe = self.station.options.directory, self.station.recipe
+        folders = adapter_folders(recipe, directory)
+        here = [client for client, folder in zip(self.records, folders, strict=True) if folder.exists()]
         if not here or not self._over.issuperset(self.records.keys() - here) or (directory / "summary.json").exists():
             return
         renew(self.station.plan, directory, here)
@@ -67,11 +69,6 @@ class Board:
             summary | {"clients": {each.name: each.said() for each in records}} | _common(records)
         )
         logger.info("done", extra={"fields": {"adapters": str(directory / ADAPTER), "loss": totals.loss_after}})
-
-    def ended(self) -> list[int]:
-        """The clients whose adapters are written."""
-        folders = adapter_folders(self.station.recipe, self.station.options.directory)
-        return [client for client, folder in zip(self.records, folders, strict=True) if folder.exists()]
 
     def _numbers(self, client: int) -> int:
         """In the adapter of one client."""

@@ -18,10 +18,10 @@ from splitllm.recipe import (
     client_names,
     clients_below,
     holders,
-    lent_blocks,
     lora_of,
     own_blocks,
     sharing,
+    tenant_blocks,
     tier_of,
 )
 from splitllm.roles.checks import Allowed, Child
@@ -130,9 +130,7 @@ def in_flight(plan: Plan, name: str) -> int:
     """
     recipe = plan.recipe
     start, stop = plan.role_bounds[name]
-    layers = plan.config.num_hidden_layers
-    alone = range(len(own_blocks(recipe, layers)) + len(lent_blocks(recipe, layers)))
-    work = work_of(recipe, plan.modules, start, stop, own=alone)
+    work = work_of(recipe, plan.modules, start, stop, own=tenant_blocks(recipe, plan.config.num_hidden_layers))
     graph = activation_bytes(plan.config, work) + recomputed_bytes(plan.config, work)
     held = 2 * micro_batch_bytes(plan) + graph
     affordable = recipe.wire.memory_mib * MIB // (held * len(clients_below(recipe, name)))

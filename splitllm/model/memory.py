@@ -20,7 +20,7 @@ from splitllm.model.families import layout_of
 from splitllm.model.graphs import NOBODY, Work, bytes_by_block
 from splitllm.model.lora import adapter_dtype, adapter_shapes, block_of, in_model
 from splitllm.model.shard import meta_model
-from splitllm.recipe import LoraRecipe, Recipe, client_cuts, lent_blocks, lora_of, own_blocks, role_bounds, tier_of
+from splitllm.recipe import LoraRecipe, Recipe, client_cuts, lora_of, own_blocks, role_bounds, tenant_blocks, tier_of
 
 STEP_BYTES = 4  # AdamW counts the steps of each tensor in fp32
 OPTIMIZER_BYTES: dict[str, Callable[[int, int], int]] = {"adamw": lambda held, tensors: 2 * held + STEP_BYTES * tensors}
@@ -73,8 +73,8 @@ def role_price(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str],
     if tier > 0:
         shared = [module for module in modules if block_of(config, module) not in own_blocks(recipe, layers)]
         trained = _trained(recipe, recipe.lora, config, shared, start, stop)
-        published = trained.adapter if lent_blocks(recipe, layers) else 0
-        return replace(trained, weights=weights, adapter=trained.adapter + published)
+        published = tenant_blocks(recipe, layers) != own_blocks(recipe, layers)
+        return replace(trained, weights=weights, adapter=(1 + published) * trained.adapter)
     lora, held = lora_of(recipe, index), recipe.train.in_flight
     graphs = _graphs(config, replace(work_of(recipe, modules, start, stop), lora=lora), held)
     crossing = (stop < layers) * CROSSING // 2 * _hidden_bytes(recipe, config, None, None)
@@ -110,11 +110,12 @@ def tenant_price(
     """
     tier_of(recipe, server)
     layers, lora = config.num_hidden_layers, lora_of(recipe, client)
-    own, lent = own_blocks(recipe, layers), lent_blocks(recipe, layers)
+    own, alone = own_blocks(recipe, layers), tenant_blocks(recipe, layers)
     start, stop = role_bounds(recipe, layers)[server]
     entry = max(start, client_cuts(recipe)[client])
-    mine, copied = ([name for name in modules if block_of(config, name) in blocks] for blocks in (own, lent))
-    work = work_of(recipe, modules, entry, stop, rows=rows, length=length, own=range(len(own) + len(lent)))
+    mine = [name for name in modules if block_of(config, name) in own]
+    copied = [name for name in modules if block_of(config, name) in alone and name not in mine]
+    work = work_of(recipe, modules, entry, stop, rows=rows, length=length, own=alone)
     trained = _trained(recipe, lora, config, mine, entry, stop)
     copy = adapter_bytes(config, lora, copied, entry, stop, _dtype_of(recipe))
     return replace(

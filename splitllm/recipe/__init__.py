@@ -5,11 +5,11 @@ from splitllm.recipe.cuts import (
     client_cuts,
     goes_by_lanes,
     holders,
-    lent_blocks,
     lora_of,
     own_blocks,
     role_bounds,
     sharing,
+    tenant_blocks,
     tier_bounds,
 )
 from splitllm.recipe.digest import fingerprint, start_digest
@@ -71,7 +71,6 @@ __all__ = [
     "goes_by_lanes",
     "holders",
     "host_and_port",
-    "lent_blocks",
     "load_recipe",
     "lora_of",
     "own_blocks",
@@ -81,6 +80,7 @@ __all__ = [
     "role_names",
     "sharing",
     "start_digest",
+    "tenant_blocks",
     "tier_bounds",
     "tier_of",
     "what_leaves_in_a_deployment",

@@ -74,12 +74,13 @@ def own_blocks(recipe: Recipe, layers: int) -> range:
     return range(above[recipe.lora.adapters])
 
 
-def lent_blocks(recipe: Recipe, layers: int) -> range:
-    """The blocks above those in which a server computes every client with a copy of what is common.
+def tenant_blocks(recipe: Recipe, layers: int) -> range:
+    """The blocks in which a server computes every client with parameters of that client alone.
 
-    None but where clients go at their own pace: a copy stays as it is while a step of its client is open.
+    Those whose adapter is the client's own; where clients go at their own pace all, as each computes with a copy of
+    what is common, which stays as it is while a step of that client is open.
     """
-    return range(own_blocks(recipe, layers).stop, layers) if goes_by_lanes(recipe) else range(0)
+    return range(layers) if goes_by_lanes(recipe) else own_blocks(recipe, layers)
 
 
 def holders(recipe: Recipe, layers: int) -> list[int]:

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from transformers import PreTrainedConfig
 
@@ -17,10 +18,10 @@ from splitllm.errors import RecipeError
 from splitllm.model.joined import Rows
 from splitllm.model.memory import Price, role_price, tenant_price
 from splitllm.policy.admission import MIB, Admitted, Refused, admit_all, lacking, most_rows
+from splitllm.policy.batching import Budget
 from splitllm.recipe import Recipe, client_cuts, client_names, clients_below, goes_by_lanes, lora_of, role_names
 
 Prices = Callable[[int, int], Price]
-PADDED = 0.25  # share of a batch's positions that may be padding, as in `policy.batching.Budget`
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Room:
 
     def price(self, rows: Rows) -> int:
         """Bytes that the graph of a micro-batch takes at most, beside others to whose length it is padded."""
-        positions = len(rows.lengths) * max(rows.lengths) / (1 - PADDED)
+        positions = len(rows.lengths) * max(rows.lengths) / (1 - Budget.padding)
         return min(self.bytes, math.ceil(self.graphs[rows.entry] * positions / self.positions))
 
 
@@ -80,7 +81,7 @@ def admissions(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str])
 
     A client is priced with rows of `data.max_length` and as many micro-batches between forward and backward as
     `train` allows it. Where clients go at their own pace they take turns for the graphs of these: then there must be
-    room for one.
+    room for two.
 
     Args:
         recipe: as it was resolved.
@@ -156,8 +157,8 @@ def _admission(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str],
     clients, prices = clients_below(recipe, server), _prices(recipe, config, modules, server)
     if goes_by_lanes(recipe):
         return _by_turns(recipe, Admission(budget, own, {}), clients, prices)
-    price = lambda client, rows: prices(client, rows).total  # noqa: E731
-    return Admission(budget, own, admit_all(price, clients, budget - own, recipe.train.batch_size))
+    taken_in = admit_all(lambda c, rows: prices(c, rows).total, clients, budget - own, recipe.train.batch_size)
+    return Admission(budget, own, taken_in)
 
 
 def _by_turns(recipe: Recipe, bare: Admission, clients: Sequence[int], prices: Prices) -> Admission:
@@ -187,14 +188,15 @@ def _by_turns(recipe: Recipe, bare: Admission, clients: Sequence[int], prices: P
 def _prices(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], server: str) -> Prices:
     """Client and rows -> what it costs; with the graph of one micro-batch where clients take turns for it."""
     cuts, under_way = client_cuts(recipe), min(recipe.train.in_flight, recipe.train.accumulate)
+    cost = partial(tenant_price, recipe, config, modules, server)
     found: dict[tuple[int, str, int], Price] = {}
 
     def price(client: int, rows: int) -> Price:
         kind = cuts[client], lora_of(recipe, client).model_dump_json(), rows  # these cost alike
         if kind not in found:
-            one = tenant_price(recipe, config, modules, server, client, rows=rows)
-            all_ = tenant_price(recipe, config, modules, server, client, rows=rows, in_flight=under_way)
-            found[kind] = replace(all_, activations=one.activations) if goes_by_lanes(recipe) else all_
+            found[kind] = cost(client, rows=rows, in_flight=under_way)
+            if goes_by_lanes(recipe):
+                found[kind] = replace(found[kind], activations=cost(client, rows=rows).activations)
         return found[kind]
 
     return price

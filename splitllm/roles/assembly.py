@@ -29,7 +29,7 @@ from splitllm.recipe import (
     tier_of,
 )
 from splitllm.roles.adapters import DTYPES, Adapters
-from splitllm.roles.admission import PADDED, Admission, Room, admissions, batch_sizes
+from splitllm.roles.admission import Admission, Room, admissions, batch_sizes
 from splitllm.roles.batcher import Alone, Synchronous
 from splitllm.roles.client import Client
 from splitllm.roles.continuous import Continuous
@@ -287,7 +287,7 @@ def batching_of(recipe: Recipe, worker: Worker, device: Device, room: Room | Non
     """What runs the micro-batches of a server, continuous ones within the room that there is for their graphs."""
     server, runner = recipe.server, Runner(worker, device)
     memory = UNLIMITED if room is None else room.bytes
-    budget = Budget(server.tokens, memory, server.wait, server.starve, PADDED, BATCH_OVERHEAD)
+    budget = Budget(server.tokens, memory, server.wait, server.starve, overhead=BATCH_OVERHEAD)
     if server.batching == "continuous":
         price = (lambda rows: 0) if room is None else room.price
         return Continuous(runner, budget, server.gradient_wait, weights_of(recipe), price)
