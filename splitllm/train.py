@@ -24,6 +24,7 @@ from splitllm.roles.server import Counts
 from splitllm.running.base import open_base
 from splitllm.running.interrupt import StopSignal
 from splitllm.running.outcome import fingerprint, finish, keep_recipe, restore, save, saved_state
+from splitllm.running.results import log_round
 from splitllm.running.state import Run
 from splitllm.running.world import World, open_world, share_cores
 
@@ -105,6 +106,8 @@ async def _step(run: Run) -> None:
     run.crossed, run.step = now, run.step + 1
     loss, labels, tokens, up, down = run.world.sum_numbers([*_sums(reports), now.up - then.up, now.down - then.down])
     run.totals.add(int(tokens), seconds, int(up), int(down))
+    log_round(run.metrics, run.step, run.roles.reports)
+    run.roles.reports = []
     if run.step % run.recipe.train.log_every and run.step < run.recipe.train.steps:
         return
     recent = run.totals.since_logged()

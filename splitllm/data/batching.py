@@ -116,6 +116,10 @@ class BatchStream:
         self._keys = (seed, client)
         self._plan = (-1, list[_Numbers]())
 
+    def __len__(self) -> int:
+        """Examples."""
+        return len(self._examples)
+
     def take(self, index: int) -> MicroBatch:
         """The micro-batch number `index` (>= 0): a pure function of (seed, client, index)."""
         epoch, slot = divmod(index, self.batches_per_epoch)

@@ -7,6 +7,7 @@ weight beside it, as factors: a base that tenants share, or that is quantised, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -113,6 +114,48 @@ def hetlora(adapters: Sequence[LowRank], weights: Sequence[float]) -> Average:
     return Average(tuple(LowRank(mean.a_RD[: e.rank], mean.b_OR[:, : e.rank] / e.scale, e.scale) for e in adapters))
 
 
+def trimmed_mean(adapters: Sequence[LowRank], weights: Sequence[float], trim: float = 0.1) -> Average:
+    """Of each number of A and B the mean without the largest and smallest; weights do not count. Not exact.
+
+    Coordinate-wise trimmed mean (Yin et al., arXiv 1803.01498).
+
+    Args:
+        adapters: of the clients.
+        weights: only their count matters.
+        trim: share of the clients that is left out at each end, rounded up, as long as one is left.
+
+    Raises:
+        AverageError: ranks or scales differ.
+    """
+    _need_alike(adapters, "trimmed_mean")
+    return _each(adapters, lambda values_K: trimmed(values_K, trim))
+
+
+def median(adapters: Sequence[LowRank], weights: Sequence[float]) -> Average:
+    """Of each number of A and B the median; weights do not count. Not exact (arXiv 1803.01498).
+
+    Raises:
+        AverageError: ranks or scales differ.
+    """
+    _need_alike(adapters, "median")
+    return _each(adapters, middle)
+
+
+def trimmed(values_K: torch.Tensor, trim: float) -> torch.Tensor:
+    """The mean over the first dim without the ends."""
+    count = values_K.shape[0]
+    left_out = min(math.ceil(trim * count), (count - 1) // 2)
+    kept = values_K.double().sort(0).values[left_out : count - left_out]
+    return kept.mean(0).to(values_K.dtype)
+
+
+def middle(values_K: torch.Tensor) -> torch.Tensor:
+    """The median over the first dim; of an even count the mean of the two in the middle."""
+    count = values_K.shape[0]
+    ordered = values_K.double().sort(0).values
+    return ((ordered[(count - 1) // 2] + ordered[count // 2]) / 2).to(values_K.dtype)
+
+
 RULES: dict[str, Rule] = {
     "fedavg": fedavg,
     "fedex": fedex,
@@ -121,6 +164,8 @@ RULES: dict[str, Rule] = {
     "rolora": rolora,
     "flexlora": flexlora,
     "hetlora": hetlora,
+    "trimmed_mean": trimmed_mean,
+    "median": median,
 }
 
 
@@ -131,13 +176,19 @@ def error_of(average: Average, adapters: Sequence[LowRank], weights: Sequence[fl
     return norm(stacked([exact, average.of(client)], [1.0, -1.0])) / size if size else 0.0
 
 
+def _each(adapters: Sequence[LowRank], reduce: Callable[[torch.Tensor], torch.Tensor]) -> Average:
+    a_RD = reduce(torch.stack([each.a_RD for each in adapters]))
+    b_OR = reduce(torch.stack([each.b_OR for each in adapters]))
+    return Average((LowRank(a_RD, b_OR, adapters[0].scale),) * len(adapters))
+
+
 def _mean(adapters: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    a_RD = _weighted([each.a_RD for each in adapters], weights)
-    return LowRank(a_RD, _weighted([each.b_OR for each in adapters], weights), adapters[0].scale)
+    a_RD = weighted([each.a_RD for each in adapters], weights)
+    return LowRank(a_RD, weighted([each.b_OR for each in adapters], weights), adapters[0].scale)
 
 
-def _weighted(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Summed in fp64; of equal tensors the mean is that tensor, to the bit."""
+def weighted(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """The weighted mean, summed in fp64; of equal tensors the mean is that tensor, to the bit."""
     if _equal(tensors):
         return tensors[0].clone()
     total = sum(weight * tensor.double() for weight, tensor in zip(weights, tensors, strict=True))

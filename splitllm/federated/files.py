@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,11 @@ from peft import LoraConfig
 
 from splitllm.errors import AverageError
 from splitllm.federated.aggregate import RULES, Average, error_of
-from splitllm.federated.factors import LowRank, padded
+from splitllm.federated.export import of_one_rank
+from splitllm.federated.factors import LowRank
+from splitllm.federated.rounds import A, B
 from splitllm.model.export import load_adapter, save_adapter
 
-A, B = ".lora_A.weight", ".lora_B.weight"
 Adapter = dict[str, LowRank]
 """Module -> what the adapter adds to its weight."""
 
@@ -54,9 +54,9 @@ def average(
         for name, each in averages.items()
     ]
     whole = {name: each.of(_largest(adapters, name)) for name, each in averages.items()}
-    rank = max(each.rank for each in whole.values())
-    save_adapter(output_dir, _tensors(whole, rank), _config(loaded[0][0], rank))
-    return {"rank": rank, "error": fmean(errors)}
+    tensors, config = of_one_rank(whole, loaded[0][0])
+    save_adapter(output_dir, tensors, config)
+    return {"rank": config.r, "error": fmean(errors)}
 
 
 def _averaged(rule: str, name: str, adapters: Sequence[LowRank], shares: Sequence[float]) -> Average:
@@ -107,19 +107,3 @@ def _check_alike(folders: Sequence[Path], configs: Sequence[LoraConfig], adapter
         if found != first:
             name = sorted(k for k in {*found, *first} if found.get(k) != first.get(k))[0]
             raise AverageError(f"{folder}: {name} is not as in {folders[0]}; average adapters of the same modules")
-
-
-def _tensors(whole: Mapping[str, LowRank], rank: int) -> dict[str, torch.Tensor]:
-    """By their names in an adapter file, with scale 1."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, each in whole.items():
-        part = padded(each, rank)
-        tensors |= {name + A: part.a_RD, name + B: part.b_OR * part.scale}
-    return tensors
-
-
-def _config(first: LoraConfig, rank: int) -> LoraConfig:
-    config = copy.deepcopy(first)
-    config.r = config.lora_alpha = rank
-    config.use_rslora = False
-    return config

@@ -11,6 +11,7 @@ from splitllm.model.randomness import MicroBatchId
 from splitllm.recipe import OptimizerRecipe
 
 Tensors = dict[str, torch.Tensor]
+ADAPTER_SLOT, ANCHOR_SLOT = "adapter", "anchor"
 NORM_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
@@ -33,9 +34,9 @@ class OrderedSum:
             self._fold(self._early.pop(self._missing.pop()))
 
     def total(self) -> Tensors:
-        """The sum over all micro-batches of the step."""
-        assert not self._missing and self._total is not None, "a micro-batch of this step has no gradient yet"
-        return self._total
+        """The sum over all micro-batches of the step; of none nothing."""
+        assert not self._missing, "a micro-batch of this step has no gradient yet"
+        return self._total or {}
 
     def _fold(self, gradients: Tensors) -> None:
         if self._total is None:
@@ -48,19 +49,31 @@ class OrderedSum:
 class Trainable:
     """A role's adapter parameters with their optimiser.
 
+    Args:
+        parameters: name in the adapter file -> parameter.
+        optimizer: the recipe's.
+        prox: how hard a step is pulled back to where the parameters were after the last round (FedProx, mu).
+
     Attributes:
         parameters: name in the adapter file -> parameter.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: OptimizerRecipe) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: OptimizerRecipe, prox: float = 0.0) -> None:
         self.parameters = dict(parameters)
         self.base_rate = optimizer.lr
+        self._prox, self._anchor = prox, dict[str, torch.Tensor]()
+        self._anchor_here()
         self._sum: OrderedSum | None = None
         self._optimizer = _OPTIMIZERS[optimizer.name](list(self.parameters.values()), optimizer) if parameters else None
 
     def expect(self, ids: Sequence[MicroBatchId]) -> None:
         """Open a step: these micro-batches will come."""
         self._sum = OrderedSum(ids)
+
+    def train_only(self, side: str | None) -> None:
+        """Train A or B alone; None: both."""
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(side is None or f".lora_{side}." in name)
 
     def collect(self, micro_batches: Sequence[MicroBatchId]) -> None:
         """Take what the backward of micro-batches that ran together left on the parameters."""
@@ -69,7 +82,8 @@ class Trainable:
         assert self._sum is not None
         gradients = {}
         for name, parameter in self.parameters.items():
-            gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if parameter.requires_grad:
+                gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = None
         self._sum.add(micro_batches, gradients)
 
@@ -90,16 +104,18 @@ class Trainable:
         """One optimiser step.
 
         Args:
-            gradients: summed over all replicas of this role.
+            gradients: by name, as the adapter is stepped by; what is not there stays as it is.
             factor: clipping, multiplies every gradient.
             rate: multiplies the recipe's learning rate (the schedule).
         """
         self.end()
         if self._optimizer is None:
             return
-        for name, parameter in self.parameters.items():
-            gradient = gradients[name]
+        for name, gradient in gradients.items():
+            parameter = self.parameters[name]
             parameter.grad = gradient if factor == 1.0 else gradient * factor
+            if self._anchor:
+                parameter.grad = parameter.grad.add(parameter.detach() - self._anchor[name], alpha=self._prox)
         for group in self._optimizer.param_groups:
             group["lr"] = self.base_rate * rate
         self._optimizer.step()
@@ -117,7 +133,8 @@ class Trainable:
 
     def state(self) -> Tensors:
         """All that a resumed run needs: `adapter/NAME` and the optimiser's `KEY/NAME`, detached."""
-        tensors = {f"adapter/{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        tensors = {f"{ADAPTER_SLOT}/{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        tensors.update({f"{ANCHOR_SLOT}/{name}": tensor for name, tensor in self._anchor.items()})
         if self._optimizer is not None:
             for name, parameter in self.parameters.items():
                 slots = self._optimizer.state.get(parameter, {})
@@ -131,15 +148,43 @@ class Trainable:
         """
         self._sum = None
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(tensors[f"adapter/{name}"])
+            parameter.data.copy_(tensors[f"{ADAPTER_SLOT}/{name}"])
             parameter.grad = None
-            keys = [key for key in tensors if key.endswith("/" + name) and not key.startswith("adapter/")]
-            if self._optimizer is not None:
-                slots = {key.split("/", 1)[0]: tensors[key].clone() for key in keys}
-                moved = {k: v if k == "step" else v.to(parameter.device) for k, v in slots.items()}
-                self._optimizer.state.pop(parameter, None)
-                if moved:
-                    self._optimizer.state[parameter] = moved
+            keys = [key for key in tensors if key.partition("/")[2] == name]
+            slots = {key.partition("/")[0]: tensors[key].clone() for key in keys}
+            if self._prox:
+                self._anchor[name] = slots[ANCHOR_SLOT].to(parameter.device)
+            self._set_moments(name, {k: v for k, v in slots.items() if k not in (ADAPTER_SLOT, ANCHOR_SLOT)})
+
+    def renew(self, tensors: Mapping[str, torch.Tensor], *, reset: bool) -> None:
+        """Go on from the outcome of a round.
+
+        Args:
+            tensors: `adapter/NAME` and perhaps the optimiser's `KEY/NAME`, of some parameters or all.
+            reset: forget the optimiser's moments.
+        """
+        for name, parameter in self.parameters.items():
+            if (value := tensors.get(f"{ADAPTER_SLOT}/{name}")) is not None:
+                parameter.data.copy_(value)
+            keys = [key for key in tensors if key.partition("/")[2] == name]
+            moments = {key.partition("/")[0]: tensors[key] for key in keys if not key.startswith(ADAPTER_SLOT)}
+            if reset or moments:
+                self._set_moments(name, {k: v.clone() for k, v in moments.items()})
+        self._anchor_here()
+
+    def _set_moments(self, name: str, slots: Mapping[str, torch.Tensor]) -> None:
+        if self._optimizer is None:
+            return
+        parameter = self.parameters[name]
+        self._optimizer.state.pop(parameter, None)
+        if slots:
+            self._optimizer.state[parameter] = {
+                k: v if k == "step" else v.to(parameter.device) for k, v in slots.items()
+            }
+
+    def _anchor_here(self) -> None:
+        if self._prox:
+            self._anchor = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
 
 def squared_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -165,4 +210,8 @@ def _adamw(parameters: list[nn.Parameter], recipe: OptimizerRecipe) -> torch.opt
     )
 
 
-_OPTIMIZERS = {"adamw": _adamw}
+def _sgd(parameters: list[nn.Parameter], recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+
+_OPTIMIZERS = {"adamw": _adamw, "sgd": _sgd}

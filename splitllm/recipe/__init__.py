@@ -2,6 +2,7 @@
 
 from splitllm.recipe.addresses import host_and_port
 from splitllm.recipe.cuts import (
+    averaged_blocks,
     client_cuts,
     goes_by_lanes,
     holders,
@@ -30,6 +31,13 @@ from splitllm.recipe.roles import (
     role_names,
     tier_of,
 )
+from splitllm.recipe.rounds import (
+    goes_by_rounds,
+    intervals,
+    last_round,
+    level_due,
+    side_that_trains,
+)
 from splitllm.recipe.schema import (
     DataRecipe,
     LoraRecipe,
@@ -38,6 +46,7 @@ from splitllm.recipe.schema import (
     PartitionRecipe,
     QuotaRecipe,
     Recipe,
+    RoundsRecipe,
     ScheduleRecipe,
     ServerRecipe,
     SplitRecipe,
@@ -54,12 +63,14 @@ __all__ = [
     "PartitionRecipe",
     "QuotaRecipe",
     "Recipe",
+    "RoundsRecipe",
     "ScheduleRecipe",
     "ServerRecipe",
     "SplitRecipe",
     "TenantRecipe",
     "TrainRecipe",
     "WireRecipe",
+    "averaged_blocks",
     "changed_keys",
     "children_of",
     "client_cuts",
@@ -69,8 +80,12 @@ __all__ = [
     "dump_recipe",
     "fingerprint",
     "goes_by_lanes",
+    "goes_by_rounds",
     "holders",
     "host_and_port",
+    "intervals",
+    "last_round",
+    "level_due",
     "load_recipe",
     "lora_of",
     "own_blocks",
@@ -79,6 +94,7 @@ __all__ = [
     "role_in_tier",
     "role_names",
     "sharing",
+    "side_that_trains",
     "start_digest",
     "tenant_blocks",
     "tier_bounds",

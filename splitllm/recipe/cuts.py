@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from splitllm.recipe.roles import client_names, role_names
+from splitllm.recipe.rounds import goes_by_rounds
 
 if TYPE_CHECKING:
     from splitllm.recipe.schema import LoraRecipe, Recipe
@@ -51,10 +52,10 @@ def goes_by_lanes(recipe: Recipe) -> bool:
 def sharing(recipe: Recipe, name: str) -> str:
     """With whom a role can exchange its state, since they hold the same: its tier, or nobody but itself.
 
-    The latter where it holds adapters that are clients' own, or clients are cut at different layers.
+    The latter where it trains an adapter by itself or for its clients, or clients are cut at different layers.
     """
     tier = next(tier for tier, names in role_names(recipe).items() if name in names)
-    alike = recipe.lora.adapters == "shared" and not recipe.split.client_cuts
+    alike = recipe.lora.adapters == "shared" and not recipe.split.client_cuts and not goes_by_rounds(recipe)
     return tier if alike else name
 
 
@@ -84,7 +85,9 @@ def tenant_blocks(recipe: Recipe, layers: int) -> range:
 
 
 def holders(recipe: Recipe, layers: int) -> list[int]:
-    """For each block, how many roles hold an adapter of it that they train together."""
+    """For each block, how many roles hold an adapter of it that they step together."""
+    if goes_by_rounds(recipe):
+        return [1] * layers
     counts, own = [0] * layers, own_blocks(recipe, layers)
     for start, stop in role_bounds(recipe, layers).values():
         for block in range(start, stop):
@@ -95,3 +98,14 @@ def holders(recipe: Recipe, layers: int) -> list[int]:
             for block in range(start, layers):
                 counts[block] += recipe.train.processes - 1
     return counts
+
+
+def averaged_blocks(recipe: Recipe, layers: int) -> frozenset[int]:
+    """The blocks for which rounds have something to average: more than one adapter of them is trained."""
+    counts, own = [0] * layers, own_blocks(recipe, layers)
+    for start, stop in role_bounds(recipe, layers).values():
+        for block in range(start, stop):
+            counts[block] += block not in own
+    for block in own:
+        counts[block] += len(client_names(recipe))
+    return frozenset(block for block, count in enumerate(counts) if count > 1)

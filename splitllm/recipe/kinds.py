@@ -100,6 +100,11 @@ Switch = Annotated[bool, Strict(), _allows("true or false")]
 Text = Annotated[str, Field(min_length=1), _allows("text (in quotes where YAML reads something else)")]
 
 Count = Annotated[int, Strict(), Field(ge=1), _allows("a whole number of at least 1")]
+Intervals = Annotated[
+    Annotated[int, Strict(), Field(ge=1)]
+    | Annotated[tuple[Annotated[int, Strict(), Field(ge=1)], ...], Field(min_length=1)],
+    _allows("a number of steps, or a list with one for each tier, bottom-up, such as [2, 10]"),
+]
 NonNegative = Annotated[int, Strict(), Field(ge=0), _allows("a whole number of at least 0")]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63), _allows("a whole number from 0 to below 2**63")]
 Length = Annotated[int, Strict(), Field(ge=2), _allows("a whole number of tokens, at least 2")]

@@ -17,6 +17,7 @@ from splitllm.recipe.kinds import (
     Cuts,
     Fields,
     Fraction,
+    Intervals,
     Length,
     Mapping,
     MixedPrecision,
@@ -34,6 +35,11 @@ from splitllm.recipe.kinds import (
     Trackers,
 )
 from splitllm.recipe.roles import find_role, known_roles
+from splitllm.recipe.rounds import rounds_misfits
+
+Rule = Literal[
+    "fedavg", "fedex", "flora", "ffa", "rolora", "flexlora", "hetlora", "trimmed_mean", "median"
+]  # as in `federated.aggregate.RULES`
 
 
 class Section(BaseModel):
@@ -124,9 +130,9 @@ class DataRecipe(Section):
 
 
 class OptimizerRecipe(Section):
-    """The optimizer and its numbers."""
+    """The optimizer and its numbers; `sgd` is plain, and has no betas and eps."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "sgd"] = "adamw"
     lr: Positive = 2.0e-4
     betas: Betas = (0.9, 0.999)
     eps: Positive = 1.0e-8
@@ -196,6 +202,34 @@ class ServerRecipe(Section):
     tenants: dict[str, TenantRecipe] = Field(default_factory=dict)
 
 
+class OuterRecipe(Section):
+    """The optimizer that the top steps by the difference of averages (arXiv 2003.00295); `none` takes the average."""
+
+    name: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
+    lr: Positive = 1.0
+    betas: Betas = (0.9, 0.99)
+    tau: Positive = 1.0e-3
+
+
+class RoundsRecipe(Section):
+    """Replicas that train adapters of their own, and when and how those are averaged. Intervals are in steps.
+
+    `edge_every` is of the tiers between clients and top, one number for all or a list, bottom-up.
+    """
+
+    replicas: Literal["together", "local"] = "together"
+    edge_every: Intervals | None = None
+    cloud_every: Count | None = None
+    rule: Rule = "fedavg"
+    weights: Literal["tokens", "examples", "equal"] = "tokens"
+    moments: Literal["keep", "average", "reset"] = "keep"
+    prox: NotNegative = 0.0
+    outer: OuterRecipe = Field(default_factory=OuterRecipe)
+    trim: Fraction = 0.1
+    clip_update: Positive | None = None
+    reject_beyond: Positive | None = None
+
+
 class WireRecipe(Section):
     """Roles on several machines. Memory is in MiB, times are in seconds; `up` and `down` are codecs."""
 
@@ -220,6 +254,7 @@ class Recipe(Section):
     data: DataRecipe
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     server: ServerRecipe = Field(default_factory=ServerRecipe)
+    rounds: RoundsRecipe = Field(default_factory=RoundsRecipe)
     wire: WireRecipe = Field(default_factory=WireRecipe)
 
     @model_validator(mode="after")
@@ -234,6 +269,7 @@ class Recipe(Section):
 def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yields what is wrong between keys that are right by themselves: the keys involved and the complaint."""
     yield from _split_misfits(recipe.split, recipe.lora)
+    yield from _client_lora_misfits(recipe)
     yield from _data_misfits(recipe.data)
     if recipe.train.processes > 1 and recipe.lora.adapters != "shared":
         advice = "use processes: 1, or adapters: shared"
@@ -247,6 +283,7 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         keys3 = ("wire.absent", "split.client_cuts", "lora.adapters")
         why = "a client that was left out takes over the state of another, and here nobody holds the same"
         yield keys3, f"wire.absent: 'drop' needs lora.adapters: shared and no split.client_cuts: {why}; use wait"
+    yield from rounds_misfits(recipe)
     yield from _server_misfits(recipe.server, recipe.split)
     yield from _wire_misfits(recipe.wire, recipe.split)
     steps, schedule = recipe.train.steps, recipe.train.schedule
@@ -317,7 +354,6 @@ def _client_cut_misfits(split: SplitRecipe, lora: LoraRecipe) -> Iterator[tuple[
         elif above is not None and cut >= above:
             why = f"leaves nothing to the tier above, which ends before block {above}"
             yield keys, f"{place}: {cut} {why}; use 1 to {above - 1}"
-    yield from _client_lora_misfits(clients, lora)
     keys = ("split.client_cuts", "lora.tiers")
     if split.client_cuts and lora.tiers is not None:
         yield keys, "lora.tiers: with split.client_cuts a block may be on two tiers; leave one of the two out"
@@ -332,18 +368,17 @@ def _client_cut_misfits(split: SplitRecipe, lora: LoraRecipe) -> Iterator[tuple[
         yield ("lora.adapters", "split.tiers"), f"{place} {why}; use two tiers or more, or shared"
 
 
-def _client_lora_misfits(clients: dict[str, int], lora: LoraRecipe) -> Iterator[tuple[tuple[str, ...], str]]:
+def _client_lora_misfits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    lora, clients = recipe.lora, dict(list(recipe.split.tiers.items())[:1])
     for name, own in lora.clients.items():
         place = f"lora.clients.{name}"
         if find_role(clients, name) is None:
             keys: tuple[str, ...] = ("lora.clients", "split.tiers")
             yield keys, f"{place}: {name!r} is not a client of split.tiers; use some of {known_roles(clients)}"
-        elif lora.adapters != "per_client":
-            keys = ("lora.clients", "lora.adapters")
-            yield (
-                keys,
-                f"{place}: needs lora.adapters: per_client, not {lora.adapters}; use that, or lora.clients: {{}}",
-            )
+        elif lora.adapters != "per_client" and recipe.rounds.replicas == "together":
+            keys = ("lora.clients", "lora.adapters", "rounds.replicas")
+            advice = "use that, rounds.replicas: local, or lora.clients: {}"
+            yield keys, f"{place}: needs lora.adapters: per_client, not {lora.adapters}; {advice}"
         elif lora.start_from is not None and own.rank not in (None, lora.rank):
             keys = ("lora.clients", "lora.start_from", "lora.rank")
             yield keys, f"{place}.rank: {own.rank} is not that of lora.start_from ({lora.rank}); leave one of them out"

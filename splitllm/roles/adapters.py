@@ -19,7 +19,7 @@ from splitllm.model.naming import in_text_model
 from splitllm.model.shard import Shard
 from splitllm.model.tenants import Tenants
 from splitllm.model.trainable import Trainable
-from splitllm.recipe import Recipe, client_cuts, client_names, clients_below, lora_of, own_blocks
+from splitllm.recipe import LoraRecipe, Recipe, client_cuts, client_names, clients_below, lora_of, own_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 Parameters = dict[str, nn.Parameter]
@@ -56,7 +56,7 @@ class Adapters:
     def of_client(self, shard: Shard, client: int) -> Trained:
         """A client's: its own, or its copy of the one that all share."""
         if not self._own:
-            return Trained(self._trainable(self._together(shard)))
+            return Trained(self._trainable(self._together(shard, lora_of(self.recipe, client))))
         add_lora(shard, lora_of(self.recipe, client), self.modules, self.recipe.seed)
         return Trained(self._trainable({}), {client: self._trainable(self._started(shard))})
 
@@ -64,7 +64,7 @@ class Adapters:
         """A server's: what is trained together, and the own ones of all clients below it."""
         if self.lanes:
             return self._in_lanes(shard, name)
-        together = self._trainable(self._together(shard))
+        together = self._trainable(self._together(shard, self.recipe.lora))
         own = self._of_clients(shard, name, self._own) if self._own else {}
         return Trained(together, {client: self._trainable(parameters) for client, parameters in own.items()})
 
@@ -86,10 +86,10 @@ class Adapters:
             common.lend(copy)
         return Trained(self._trainable({}), own, lent, common)
 
-    def _together(self, shard: Shard) -> Parameters:
-        """What roles train together."""
+    def _together(self, shard: Shard, lora: LoraRecipe) -> Parameters:
+        """What a role trains for all of its clients, together with others or between rounds by itself."""
         modules = [name for name in self.modules if block_of(self.config, name) not in self._own]
-        add_lora(shard, self.recipe.lora, modules, self.recipe.seed)
+        add_lora(shard, lora, modules, self.recipe.seed)
         return self._started(shard)
 
     def _of_clients(self, shard: Shard, name: str, blocks: range) -> dict[int, Parameters]:
@@ -103,7 +103,7 @@ class Adapters:
         return found
 
     def _trainable(self, parameters: Mapping[str, nn.Parameter]) -> Trainable:
-        return Trainable(parameters, self.recipe.train.optimizer)
+        return Trainable(parameters, self.recipe.train.optimizer, self.recipe.rounds.prox)
 
     def _started(self, shard: Shard) -> Parameters:
         """The adapter that was put into a shard, where it trains, as the run starts it."""

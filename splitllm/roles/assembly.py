@@ -12,6 +12,8 @@ from transformers import get_scheduler
 
 from splitllm.data.batching import BatchStream, eval_batches
 from splitllm.data.corpus import Corpus
+from splitllm.federated.averager import Averager
+from splitllm.model.frozen import Frozen
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import block_of, in_model
 from splitllm.model.shard import Shard
@@ -24,18 +26,22 @@ from splitllm.recipe import (
     client_cuts,
     client_names,
     clients_below,
+    goes_by_rounds,
     holders,
     parent_of,
     tier_of,
 )
+from splitllm.recipe.rounds import WITH_FROZEN
 from splitllm.roles.adapters import DTYPES, Adapters
 from splitllm.roles.admission import Admission, Room, admissions, batch_sizes
 from splitllm.roles.batcher import Alone, Synchronous
 from splitllm.roles.client import Client
 from splitllm.roles.continuous import Continuous
 from splitllm.roles.device import Device, Inline
+from splitllm.roles.rounding import Rounding
+from splitllm.roles.rounds import Rounds, largest
 from splitllm.roles.runner import Batching, Runner
-from splitllm.roles.server import Counts, LossWeights, Server, StepSums, Top, unobserved
+from splitllm.roles.server import Counts, LossWeights, Reports, Server, StepSums, Top, unobserved, unobserved_round
 from splitllm.roles.together import ADAPTER_SLOT
 from splitllm.roles.worker import TENANT, Autocast, Worker
 from splitllm.wire.codecs import codec
@@ -43,6 +49,7 @@ from splitllm.wire.coding import Coding
 from splitllm.wire.link import LocalLink, Traffic
 
 MIB = 2**20
+ROLE, COORDINATOR = "at/", "coordinator/"  # before the names of a role's state, where each has another
 UNLIMITED = 1 << 62
 BATCH_OVERHEAD = 16  # positions that take about as long as what a batch costs beside its positions
 
@@ -55,11 +62,19 @@ class Roles:
         clients: those whose branch of the tree this process holds.
         workers: tier -> the workers of its replicas here, by role name.
         links: tier below -> its links up.
+        local: whether every role trains an adapter of its own between rounds.
+        rounds: what each role does in them.
+        coordinator: what a coordinator keeps of them.
+        reports: of the averages since they were last taken away.
     """
 
     clients: list[Client] = field(default_factory=list)
     workers: dict[str, dict[str, Worker]] = field(default_factory=dict)
     links: dict[str, list[LocalLink]] = field(default_factory=dict)
+    local: bool = False
+    rounds: list[Rounds] = field(default_factory=list)
+    coordinator: Averager | None = None
+    reports: Reports = field(default_factory=list)
 
     def traffic(self) -> Traffic:
         """Bytes that crossed all cuts so far."""
@@ -67,22 +82,31 @@ class Roles:
         return Traffic(sum(t.up for t in flat), sum(t.down for t in flat))
 
     def state(self) -> Tensors:
-        """Adapters and optimisers; roles that hold the same tensor hold the same values, so one stands for all."""
+        """Adapters and optimisers; of roles that step together one stands for all that hold the same tensor."""
         tensors: Tensors = {}
-        for workers in self.workers.values():
-            for worker in workers.values():
-                tensors.update(worker.state())
+        for name, worker in self._by_name().items():
+            place = f"{ROLE}{name}/" if self.local else ""
+            tensors.update({place + key: tensor for key, tensor in worker.state().items()})
+        if self.coordinator is not None:
+            tensors.update({COORDINATOR + key: tensor for key, tensor in self.coordinator.state().items()})
         return tensors
 
     def adapter(self) -> Tensors:
-        """What trains of the whole model, as `adapter_in` names it."""
-        return adapter_in(self.state())
+        """What trains of the whole model, as `adapter_in` names it.
+
+        Where roles train by themselves, as `Rounds.adapter` names it.
+        """
+        return largest([rounds.adapter() for rounds in self.rounds]) if self.local else adapter_in(self.state())
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put a state on every role."""
-        for workers in self.workers.values():
-            for worker in workers.values():
-                worker.load(tensors)
+        for name, worker in self._by_name().items():
+            worker.load(_below(tensors, f"{ROLE}{name}/") if self.local else tensors)
+        if self.coordinator is not None:
+            self.coordinator.load(_below(tensors, COORDINATOR))
+
+    def _by_name(self) -> dict[str, Worker]:
+        return {name: worker for workers in self.workers.values() for name, worker in workers.items()}
 
 
 @dataclass(frozen=True)
@@ -137,7 +161,8 @@ class Assembly:
         layers = self.checkpoint.config.num_hidden_layers
         self._holders = holders(self.recipe, layers)
         self._adapters = Adapters(self.recipe, self.checkpoint.config, self.modules, self.site.device, self.lanes)
-        self.roles = Roles()
+        self.roles = Roles(local=goes_by_rounds(self.recipe))
+        self.rounding = Rounding(self.recipe, self.checkpoint.config, self.modules)
         self._bare: dict[tuple[int, tuple[int, int]], Shard] = {}
 
     def build(self) -> Roles:
@@ -145,7 +170,9 @@ class Assembly:
         tiers = len(self.tiers)
         if tiers == 1:
             here = _share(self.counts[0], self.site)
-            top = self._server("coordinator", [self._role(0, index) for index in here], None, self.top())
+            top = self._server(
+                "coordinator", [self._role(0, index) for index in here], None, self.top(observe_round=self._heard)
+            )
             self._clients(here, dict.fromkeys(here, top))
             return self.roles
         below = _share(self.counts[-2], self.site)
@@ -153,13 +180,16 @@ class Assembly:
             self._role(tiers - 1, 0),
             [self._role(tiers - 2, index) for index in below],
             self.worker(tiers - 1, 0),
-            self.top(),
+            self.top(observe_round=self._heard),
         )
         parents = dict.fromkeys(below, top)
         for tier in range(tiers - 2, 0, -1):
             parents = self._tier(tier, parents)
         self._clients(sorted(parents), parents)
         return self.roles
+
+    def _heard(self, _steps: int, reports: Reports) -> None:
+        self.roles.reports += reports
 
     def _tier(self, tier: int, parents: Mapping[int, Server]) -> dict[int, Server]:
         """The servers of one tier; returns the parent of every role of the tier below."""
@@ -176,6 +206,11 @@ class Assembly:
         return below
 
     def _server(self, name: str, children: list[str], worker: Worker | None, above: LocalLink | Top) -> Server:
+        entries = entries_of(self.recipe, name) if worker is not None else {}
+        level = tier_of(self.recipe, name)[0] if worker is not None else 1
+        rounds = self.rounds(name, level, worker, entries)
+        if worker is None and rounds is not None:
+            self.roles.coordinator = rounds.averager
         return Server(
             name,
             children,
@@ -183,7 +218,9 @@ class Assembly:
             uplink=above if isinstance(above, LocalLink) else None,
             top=above if isinstance(above, Top) else None,
             summed=self.summed(worker),
-            entries=entries_of(self.recipe, name) if worker is not None else {},
+            entries=entries,
+            local=self.rounding.local(entries),
+            rounds=rounds,
             schedule=self.schedule,
             batching=batching_of(self.recipe, worker, Inline(), self._room(name)) if worker is not None else None,
         )
@@ -213,6 +250,8 @@ class Assembly:
                 in_flight=train.in_flight,
                 schedule=self.schedule,
                 name_rows=names_rows(self.recipe),
+                local=self.rounding.local({}),
+                rounds=self.rounds(self._role(0, index), 0, worker, {}),
             )
             self.roles.clients.append(client)
 
@@ -227,8 +266,16 @@ class Assembly:
             shard.checkpoint_activations()
         site = self.site
         worker = Worker(shard, trains.together, site.device, site.autocast, trains.own, trains.lent, trains.common)
+        if goes_by_rounds(self.recipe) and self.recipe.rounds.rule in WITH_FROZEN:
+            worker.frozen = Frozen(shard, self.modules, site.device)
         self.roles.workers.setdefault(self.tiers[tier], {})[name] = worker
         return worker
+
+    def rounds(self, name: str, level: int, worker: Worker | None, entries: Mapping[int, int]) -> Rounds | None:
+        """A role's part in rounds, if there are any."""
+        found = self.rounding.of(name, level, worker, entries)
+        self.roles.rounds += [] if found is None else [found]
+        return found
 
     def summed(self, worker: Worker | None) -> frozenset[str]:
         """Names of a role's adapter tensors whose gradients are summed with those of other roles."""
@@ -250,11 +297,15 @@ class Assembly:
             seed=recipe.seed,
         ).to(self.site.device)
 
-    def top(self, observe: Callable[[int, StepSums], None] = unobserved) -> Top:
+    def top(
+        self,
+        observe: Callable[[int, StepSums], None] = unobserved,
+        observe_round: Callable[[int, Reports], None] = unobserved_round,
+    ) -> Top:
         """What only the highest role decides."""
         weigh = tenant_weights if self.recipe.train.loss_weights == "tenant" else token_weights
         site = self.site
-        return Top(weigh, site.all_counts, site.all_sums, self.recipe.train.clip_norm, observe)
+        return Top(weigh, site.all_counts, site.all_sums, self.recipe.train.clip_norm, observe, observe_round)
 
     def _link(self, tier: int, index: int, parent: Server) -> LocalLink:
         coding = (coding_of(self.recipe, self._role(tier, index)), coding_of(self.recipe, parent.name))
@@ -306,6 +357,10 @@ def entries_of(recipe: Recipe, name: str) -> dict[int, int]:
         return {}
     cuts = client_cuts(recipe)
     return {client: cuts[client] for client in clients_below(recipe, name)}
+
+
+def _below(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def adapter_in(state: Mapping[str, torch.Tensor]) -> Tensors:

@@ -18,6 +18,8 @@ from splitllm.model.joined import Rows
 from splitllm.model.randomness import MicroBatchId
 from splitllm.roles.closing import Closing, Settled, apply
 from splitllm.roles.device import Device, Inline
+from splitllm.roles.local import Local
+from splitllm.roles.rounds import Rounds, outcome_in
 from splitllm.roles.together import (
     Crossed,
     answered,
@@ -71,6 +73,8 @@ class Client:
         in_flight: micro-batches under way at once.
         schedule: step -> multiplier of the learning rate.
         name_rows: tell which of its rows a micro-batch holds, for codecs that carry their error on.
+        local: how it steps by itself between rounds; None: with all others.
+        rounds: its part of them.
         device: where it computes.
         commit: called with the number of steps done and the generation, once a step is applied and before anything
             else happens.
@@ -94,13 +98,15 @@ class Client:
         in_flight: int,
         schedule: Callable[[int], float],
         name_rows: bool = False,
+        local: Local | None = None,
+        rounds: Rounds | None = None,
         device: Device | None = None,
         commit: Callable[[int, int], None] = no_commit,
     ) -> None:
         self.name, self.index, self.worker, self.uplink = name, index, worker, uplink
         self.stream, self.evaluation, self.whole, self.summed = stream, evaluation, whole, frozenset(summed)
         self.accumulate, self.in_flight, self.schedule = accumulate, in_flight, schedule
-        self.name_rows = name_rows
+        self.name_rows, self.local, self.rounds = name_rows, local, rounds
         self.device, self.commit, self.generation = device or Inline(), commit, 0
         self._crossed = Crossed(uplink.traffic)
 
@@ -108,6 +114,8 @@ class Client:
         """One step: open, run the micro-batches, close."""
         batches = [self.stream.take(step * self.accumulate + index) for index in range(self.accumulate)]
         ids = [MicroBatchId(step, self.index, index) for index in range(len(batches))]
+        if self.rounds is not None:
+            self.rounds.begin(step)
         weight = await self._open(ids, [batch.labels for batch in batches])
         room = asyncio.Semaphore(self.in_flight)
 
@@ -117,7 +125,7 @@ class Client:
 
         losses = await gathered(run(*pair) for pair in zip(ids, batches, strict=True))
         report = StepReport(sum(losses), sum(b.labels for b in batches), sum(b.tokens for b in batches))
-        return replace(report, norm=await self._close(ids[0], report))
+        return replace(report, norm=await self._close(ids[0], report, weight * report.labels))
 
     async def evaluate(self) -> StepReport:
         """Loss over the held-out rows: no dropout, no gradient."""
@@ -218,16 +226,35 @@ class Client:
         (gradient_ND,) = torch.autograd.grad(weighted, rows_ND)
         return float(loss), gradient_ND
 
-    async def _close(self, first: MicroBatchId, report: StepReport) -> float:
-        """Hand in norms, or gradients where other roles hold the same adapter; then step."""
+    async def _close(self, first: MicroBatchId, report: StepReport, share: float) -> float:
+        """Hand in norms, or gradients where other roles step the same adapter; then step, and hold a round if due.
+
+        Args:
+            first: place of the step.
+            report: of its micro-batches.
+            share: this client's part of the loss over all clients.
+        """
         closing = Closing(losses={self.index: report.sums()}, crossed={self.name: self._crossed.since_asked()})
-        closing.hand_in(self.worker, self.summed, [self.index])
+        mine = self.local.step_of(self.worker, {self.index: share}) if self.local is not None else None
+        norm = None if mine is None else (self.name, mine.norm if mine.factor is not None else 0.0)
+        closing.hand_in(self.worker, self.summed, [self.index], norm)
         reply = await self.uplink.request(self.message("close", first, closing.header(), closing.sums))
-        settled, rate = Settled.from_reply(reply, closing), self.schedule(first.step)
-
-        def job() -> None:
-            apply(self.worker, settled, rate)
-            self.commit(first.step + 1, self.generation)
-
-        await self.device.run(job)
+        settled, rate, steps = Settled.from_reply(reply, closing), self.schedule(first.step), first.step + 1
+        await self.device.run(lambda: apply(self.worker, settled, rate, local=mine))
+        if self.rounds is not None and (due := self.rounds.due(steps)):
+            await self._round(self.rounds, steps, due)
+        await self.device.run(lambda: self.commit(steps, self.generation))
         return settled.norm
+
+    async def _round(self, rounds: Rounds, steps: int, due: int) -> None:
+        """Send what it has, go on from the average."""
+        value = await self.device.run(lambda: rounds.value(due))
+        weights = {self.index: rounds.weight(self._labels, len(self.stream), steps)}
+        message = self.message("round", (steps, self.index, 0), {"weights": weights}, value)
+        outcome = outcome_in(await self.uplink.request(message), value, rounds.arithmetic)
+        await self.device.run(lambda: rounds.take(outcome, due, steps))
+
+    def _labels(self, start: int, stop: int) -> int:
+        """That it trained on in these steps."""
+        batches = range(start * self.accumulate, stop * self.accumulate)
+        return sum(self.stream.take(number).labels for number in batches)

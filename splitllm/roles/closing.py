@@ -15,6 +15,7 @@ from typing import Any
 from splitllm.errors import DivergedError
 from splitllm.model.common import Gift
 from splitllm.model.trainable import Tensors, clip_factor, squared_norms
+from splitllm.roles.local import LocalStep
 from splitllm.roles.together import add_into, answered, expected, finite, is_number, travelled
 from splitllm.roles.worker import Worker
 from splitllm.wire.message import Message
@@ -48,15 +49,20 @@ class Closing:
         self.losses.update({int(client): sums for client, sums in header["losses"].items()})
         self.crossed.update(header["bytes"])
 
-    def hand_in(self, worker: Worker, summed: Collection[str], clients: Collection[int]) -> None:
+    def hand_in(
+        self, worker: Worker, summed: Collection[str], clients: Collection[int], local: tuple[str, float] | None = None
+    ) -> None:
         """Add what a role computed itself.
 
         Args:
             worker: of that role.
             summed: names of the tensors whose gradients are summed over roles.
             clients: those that took part in the step.
+            local: where the role steps by itself, its name and the norm of what it steps by.
         """
-        gradients = worker.trainable.gradients()
+        gradients = worker.trainable.gradients() if local is None else {}
+        if local is not None and worker.trainable.parameters:
+            self.norms[local[0]] = finite(local[1] ** 2)
         alone = {name: gradient for name, gradient in gradients.items() if name not in summed}
         self.norms.update({name: finite(norm) for name, norm in squared_norms(alone).items()})
         add_into(self.sums, {name: gradient for name, gradient in gradients.items() if name in summed})
@@ -128,15 +134,32 @@ def settle(step: int, closing: Closing, totals: Tensors, clip: float | None, sca
     return Settled(total, clip_factor(norm, clip), factors, totals)
 
 
-def apply(worker: Worker, settled: Settled, rate: float, gift: Gift | None = None) -> None:
-    """One optimiser step of all adapters of a role; a client's own whose gradients are not finite stays as it is.
+def apply(
+    worker: Worker, settled: Settled, rate: float, gift: Gift | None = None, local: LocalStep | None = None
+) -> None:
+    """One optimiser step of all adapters of a role; one of its own whose gradients are not finite stays as it is.
 
     Args:
         worker: of that role.
         settled: what all step by.
         rate: multiplies the recipe's learning rate.
         gift: whose step it was, where what is trained together steps once enough was given.
+        local: where the role steps by itself, what it steps by.
     """
+    if local is not None:
+        if local.factor is None:
+            worker.trainable.end()
+        else:
+            worker.trainable.apply(local.gradients, local.factor, rate)
+    else:
+        _apply_together(worker, settled, rate, gift)
+    for client, factor in settled.own.items():
+        if client in worker.own and factor is not None:
+            worker.own[client].apply(worker.own[client].gradients(), factor, rate)
+
+
+def _apply_together(worker: Worker, settled: Settled, rate: float, gift: Gift | None) -> None:
+    """One step of what roles step together, or what one client's step gives to it."""
     gradients = worker.trainable.gradients()
     together = {name: settled.sums.get(name, gradient) for name, gradient in gradients.items()}
     if worker.common is None:
@@ -146,9 +169,6 @@ def apply(worker: Worker, settled: Settled, rate: float, gift: Gift | None = Non
         worker.common.give(gift, together, settled.factor, rate)
         worker.trainable.end()
         worker.common.lend(worker.trainable)
-    for client, factor in settled.own.items():
-        if client in worker.own and factor is not None:
-            worker.own[client].apply(worker.own[client].gradients(), factor, rate)
 
 
 def scale_of(weight: float, labels: int) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from splitllm.errors import PeerError
+from splitllm.federated.rounds import Combined
 from splitllm.model.common import Gift
 from splitllm.model.joined import Rows
 from splitllm.model.randomness import MicroBatchId
@@ -21,8 +22,10 @@ from splitllm.model.trainable import Tensors
 from splitllm.roles.batcher import Alone
 from splitllm.roles.closing import Closing, Settled, apply, scale_of, settle
 from splitllm.roles.device import Device, Inline
+from splitllm.roles.local import Local, LocalStep
 from splitllm.roles.meeting import Meeting
 from splitllm.roles.questions import LossAsk, Upward, labelled
+from splitllm.roles.rounds import Rounds, Weights, outcome_in
 from splitllm.roles.runner import Batching, Runner
 from splitllm.roles.together import (
     Crossed,
@@ -58,6 +61,13 @@ class StepSums:
     norm: float
 
 
+Reports = list[dict[str, Any]]
+
+
+def unobserved_round(_steps: int, _reports: Reports) -> None:
+    """The same of rounds."""
+
+
 def unobserved(_step: int, _sums: StepSums) -> None:
     """For a top whose run is watched from outside."""
 
@@ -72,6 +82,7 @@ class Top:
         all_sums: adds tensors over all processes.
         clip_norm: the largest total gradient norm, or None.
         observe: told of every step, before it is committed.
+        observe_round: told of the steps done, and what each server that averaged has to say of it.
     """
 
     weigh: Callable[[Counts], LossWeights]
@@ -79,6 +90,7 @@ class Top:
     all_sums: Callable[[Tensors], Tensors]
     clip_norm: float | None
     observe: Callable[[int, StepSums], None] = unobserved
+    observe_round: Callable[[int, Reports], None] = unobserved_round
 
 
 class Server:
@@ -96,6 +108,8 @@ class Server:
         device: where it computes.
         batching: runs its micro-batches; None to run each alone.
         traffic: what of the bytes that cross its uplink is told of it; None: all.
+        local: how it steps by itself between rounds; None: with all others.
+        rounds: its part of them.
         commit: called with the number of steps done and the generation, once a step is applied and before anybody is
             told. What it returns is called beside the device, and waited for, too.
 
@@ -117,12 +131,15 @@ class Server:
         device: Device | None = None,
         batching: Batching | None = None,
         traffic: Traffic | None = None,
+        local: Local | None = None,
+        rounds: Rounds | None = None,
         commit: Commit = no_commit,
     ) -> None:
         assert (uplink is None) != (top is None), "a server has a role above it or is the top"
         self.name, self.worker, self.uplink, self.top = name, worker, uplink, top
         self.summed, self.entries, self.schedule = frozenset(summed), entries or {}, schedule
         self.device, self.commit = device or Inline(), commit
+        self.local, self.rounds = local, rounds
         self.batching = batching or (Alone(Runner(worker, self.device)) if worker is not None else None)
         self.crossed = Crossed(traffic or (uplink.traffic if uplink is not None else Traffic()))
         self._waiting: dict[MicroBatchId, tuple[Pass, torch.Tensor, int]] = {}
@@ -132,6 +149,7 @@ class Server:
         """Start afresh with these children: whatever was under way is forgotten."""
         self.generation = generation
         self._opening, self._closing = Meeting(children, self._open), Meeting(children, self._close)
+        self._rounding = Meeting(children, self._round)
         self._weights: LossWeights = {}
         self._scales: dict[int, float] = {}
         self._labels: dict[int, int] = {}
@@ -153,6 +171,8 @@ class Server:
         if message.kind == "close":
             self._check_done(message)
             return await self._closing.join(message)
+        if message.kind == "round":
+            return await self._rounding.join(message)
         if message.kind == "forward":
             return await self._forward(message)
         if message.kind == "backward":
@@ -183,6 +203,8 @@ class Server:
         self._labels = {client: sum(labels) for client, labels in counts.items()}
         self._scales = {client: scale_of(self._weights[client], labels) for client, labels in self._labels.items()}
         self._tokens = dict.fromkeys(counts, 0)
+        if self.rounds is not None:
+            self.rounds.begin(step)
         if self.worker is not None and self.batching is not None:
             self.worker.expect(list(due))
             self.batching.expect(list(due))
@@ -307,10 +329,13 @@ class Server:
         closing, step = Closing(), messages[0].step
         for message in messages:
             closing.take(message)
+        mine: LocalStep | None = None
         if self.worker is not None:
-            closing.hand_in(self.worker, self.summed, self._scales)
+            mine = self.local.step_of(self.worker, self._shares()) if self.local is not None else None
+            norm = None if mine is None else (self.name, mine.norm)
+            closing.hand_in(self.worker, self.summed, self._scales, norm)
         settled = await self._settle(messages[0], closing)
-        await self._apply(step, settled, self._gift(step))
+        await self._apply(step, settled, self._gift(step), mine)
 
         def reply(message: Message) -> Message:
             below = {int(client) for client in message.header["own"]}
@@ -319,6 +344,10 @@ class Server:
 
         return reply
 
+    def _shares(self) -> dict[int, float]:
+        """Each client's part of the loss over all clients."""
+        return {client: self._weights[client] * labels for client, labels in self._labels.items()}
+
     def _gift(self, step: int) -> Gift | None:
         """Whose step this is, where it is that of one client, by what the server has seen of it."""
         if len(self._labels) != 1:
@@ -326,13 +355,66 @@ class Server:
         ((client, labels),) = self._labels.items()
         return Gift(client, step, labels, self._tokens[client])
 
-    async def _apply(self, step: int, settled: Settled, gift: Gift | None) -> None:
-        """One optimiser step, and its commit; the device does not wait for the disk."""
+    async def _apply(self, step: int, settled: Settled, gift: Gift | None, mine: LocalStep | None) -> None:
+        """One optimiser step and, unless a round belongs to it, its commit; the device does not wait for the disk."""
+        round_follows = self.rounds is not None and self.rounds.due(step + 1) > 0
 
         def job() -> Callable[[], None] | None:
             if self.worker is not None:
-                apply(self.worker, settled, self.schedule(step), gift)
-            return self.commit(step + 1, self.generation)
+                apply(self.worker, settled, self.schedule(step), gift, mine)
+            return None if round_follows else self.commit(step + 1, self.generation)
+
+        write = await self.device.run(job)
+        if write is not None:
+            await asyncio.to_thread(write)
+
+    # A round ends a step: adapters go up as far as one is due, and what all go on from comes down.
+
+    async def _round(self, messages: list[Message]) -> Callable[[Message], Message]:
+        assert self.rounds is not None, "only where rounds are due is one asked for"
+        rounds, steps = self.rounds, messages[0].step
+        due, weights = rounds.due(steps), _weights_of(messages)
+        reports: Reports = [report for message in messages for report in message.header.get("reports", [])]
+        value: Tensors = {}
+        if rounds.level <= due:
+            combined, rejected = await self.device.run(lambda: self._combined(rounds, messages, weights, due))
+            value = combined.value
+            reports.append(rounds.report(combined, rejected, len(messages)))
+        else:
+            await self.device.run(lambda: rounds.average_groups(weights, due))
+        if self.top is None:
+            assert self.uplink is not None
+            sent = value if rounds.level < due else {}
+            header = {"weights": weights, "reports": reports}
+            reply = await self.uplink.request(self.message("round", messages[0].micro_batch, header, sent))
+            value = outcome_in(reply, sent, rounds.arithmetic) if sent else value
+        else:
+            self.top.observe_round(steps, reports)
+        outcome = rounds.settled(value) if rounds.level == due else value
+        await self._go_on(steps, outcome, due)
+
+        def reply_to(message: Message) -> Message:
+            names = {name: tensor for name, tensor in outcome.items() if rounds.concerns(name, message.tensors)}
+            return self.message("round", message.micro_batch, {}, names)
+
+        return reply_to
+
+    def _combined(
+        self, rounds: Rounds, messages: list[Message], weights: Weights, due: int
+    ) -> tuple[Combined, dict[str, str]]:
+        assert rounds.averager is not None
+        children = [(m.sender, [int(c) for c in m.header["weights"]], dict(m.tensors)) for m in messages]
+        return rounds.averager.combine(rounds.updates(children, weights, due))
+
+    async def _go_on(self, steps: int, outcome: Tensors, due: int) -> None:
+        """Take what the round has made, and commit the step that it belongs to."""
+        rounds = self.rounds
+        assert rounds is not None
+
+        def job() -> Callable[[], None] | None:
+            if rounds.level <= due:
+                rounds.take(outcome, due, steps)
+            return self.commit(steps, self.generation)
 
         write = await self.device.run(job)
         if write is not None:
@@ -354,3 +436,7 @@ class Server:
         if self.batching is None:
             raise PeerError(f"{self.name} only coordinates: it holds no blocks")
         return self.batching
+
+
+def _weights_of(messages: Sequence[Message]) -> Weights:
+    return {int(client): list(each) for message in messages for client, each in message.header["weights"].items()}

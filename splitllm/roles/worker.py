@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from splitllm.federated.averager import Averager
 from splitllm.model.common import Common
+from splitllm.model.frozen import FROZEN, Frozen
 from splitllm.model.joined import Joined, Rows
 from splitllm.model.padding import beside, pad, unpad
 from splitllm.model.randomness import MicroBatchId
@@ -23,6 +25,8 @@ from splitllm.model.trainable import Tensors, Trainable
 
 TENANT = "tenant/"
 """Before the number of a client and the names of what is its own."""
+ROUNDS = "rounds/"
+"""Before the names of what a role keeps of rounds."""
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
@@ -74,6 +78,8 @@ class Worker:
         own: client -> adapter and optimiser that only its micro-batches use.
         lent: client -> its copy of `common`; of the worker of a lane that copy is `trainable`.
         common: what clients train together at their own pace; None where they step together.
+        frozen: what rounds have added to the frozen weights; None where they add nothing.
+        averager: what of rounds is kept with this role's state; None where it averages nothing.
     """
 
     shard: Shard
@@ -83,6 +89,8 @@ class Worker:
     own: Mapping[int, Trainable] = field(default_factory=dict)
     lent: Mapping[int, Trainable] = field(default_factory=dict)
     common: Common | None = None
+    frozen: Frozen | None = None
+    averager: Averager | None = None
     _activations: int = 0
     _largest: int = 0
 
@@ -159,14 +167,24 @@ class Worker:
         What is common has a state of its own.
         """
         tensors = self.trainable.state() if self.common is None else {}
+        if self.frozen is not None:
+            tensors |= self.frozen.state()
+        if self.averager is not None:
+            tensors |= {ROUNDS + key: tensor for key, tensor in self.averager.state().items()}
         for client, trainable in self.own.items():
             tensors.update({f"{TENANT}{client}/{key}": tensor for key, tensor in trainable.state().items()})
         return tensors
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set adapters and optimisers from a `state()`; of others that it holds nothing is taken."""
+        if self.frozen is not None:
+            self.frozen.load(tensors)
+        if self.averager is not None:
+            kept = {key.removeprefix(ROUNDS): t for key, t in tensors.items() if key.startswith(ROUNDS)}
+            self.averager.load(kept)
         if self.common is None:
-            self.trainable.load({key: tensor for key, tensor in tensors.items() if not key.startswith(TENANT)})
+            apart = (TENANT, ROUNDS, FROZEN)
+            self.trainable.load({key: tensor for key, tensor in tensors.items() if not key.startswith(apart)})
         else:
             self.common.lend(self.trainable)
         for client, trainable in self.own.items():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from splitllm.recipe import Recipe, client_names
+from splitllm.recipe import Recipe, client_names, goes_by_rounds
 
 ADAPTER = "adapter"
 
 
 def adapter_folders(recipe: Recipe, directory: Path) -> list[Path]:
     """Where the adapters lie below a run's folder: one, or one of each client."""
-    if recipe.lora.adapters == "shared":
+    if recipe.lora.adapters == "shared" or goes_by_rounds(recipe):
         return [directory / ADAPTER]
     return [directory / ADAPTER / client for client in client_names(recipe)]
 

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from splitllm.errors import CheckpointError
+from splitllm.federated.export import folded
+from splitllm.metrics import Metrics
 from splitllm.model.export import load_adapter, newest_adapter, renew_adapter, save_adapter
 from splitllm.model.lora import block_of, lora_config, target_modules
 from splitllm.model.naming import PREFIX, names_in_unsplit, rename_tensors
 from splitllm.preflight import Plan
-from splitllm.recipe import LoraRecipe, lora_of, own_blocks
+from splitllm.recipe import LoraRecipe, goes_by_rounds, lora_of, own_blocks
+from splitllm.recipe.rounds import ONE_SHAPE
 from splitllm.roles.worker import TENANT
 from splitllm.running.base import base_folder
 from splitllm.running.places import adapter_folders
@@ -43,10 +46,27 @@ def export_of(plan: Plan, directory: Path, tensors: Mapping[str, torch.Tensor], 
     base = base_folder(recipe, directory)
     modules = names_in_unsplit(base, plan.modules, recipe.model.revision)
     mine = {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
-    config = adapter_config(plan, lora_of(recipe, client), base, modules)
+    lora = recipe.lora if goes_by_rounds(recipe) else lora_of(recipe, client)
+    config = adapter_config(plan, lora, base, modules)
     folder = adapter_folders(recipe, directory)[client]
     together = {name: tensor for name, tensor in tensors.items() if not name.startswith(TENANT)}
-    save_adapter(folder, rename_tensors(together | mine, modules), config)
+    scaled = goes_by_rounds(recipe) and recipe.rounds.rule not in ONE_SHAPE
+    adapter, config = folded(together | mine, config, scaled=scaled)
+    save_adapter(folder, rename_tensors(adapter, modules), config)
+
+
+def log_round(metrics: Metrics, step: int, reports: Sequence[Mapping[str, Any]]) -> None:
+    """One line for each average of a round; who was left out is named to the user, too.
+
+    Args:
+        metrics: of the run.
+        step: steps done.
+        reports: of the servers that averaged.
+    """
+    for report in reports:
+        metrics.log("round", step=step, **report)
+        for sender, reason in report["rejected"].items():
+            metrics.say(f"step {step}: {report['role']} left {sender} out of its average ({reason})")
 
 
 def renew(plan: Plan, directory: Path, clients: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ Tensors hold real tokens only, never padding. Suffixes: T real tokens of a micro
 | forward | hidden_TD, positions_N, and targets_N unless the labels stay | gradient_TD and loss, or rows_ND |
 | backward | gradient_ND (labels stay with the client) | gradient_TD |
 | close | squared norms, the replicas' summed gradients, losses | total norm, factors, the sums over all replicas |
+| round | adapters and what they weigh, as far up as averages are due | what all holders go on from |
 | evaluated | held-out losses of every client | |
 | finish | the adapters of the tiers below | |
 | diverged | in words what is not finite | never an answer: the run is over |
@@ -25,9 +26,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Kind = Literal["join", "share", "open", "forward", "backward", "close", "evaluated", "finish", "diverged"]
+Kind = Literal["join", "share", "open", "forward", "backward", "close", "round", "evaluated", "finish", "diverged"]
 KINDS: tuple[str, ...] = get_args(Kind)
-TOGETHER = frozenset({"join", "share", "open", "close", "evaluated", "finish"})
+TOGETHER = frozenset({"join", "share", "open", "close", "round", "evaluated", "finish"})
 """Kinds that are answered when every child that takes part has sent its own."""
 
 

@@ -1,0 +1,143 @@
+"""When rounds are due, what they average, and what must hold between `rounds` and the rest of a recipe.
+
+Levels are those who average: 1 is the tier above the clients (or, of whole-model clients, their coordinator), and so on
+up to the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from splitllm.recipe.schema import Recipe, RoundsRecipe
+
+Misfit = tuple[tuple[str, ...], str]
+ONE_SHAPE = ("fedavg", "fedex", "ffa", "rolora", "trimmed_mean", "median")
+"""Rules that need one rank and scale; the others take any."""
+WITH_FROZEN = ("fedex", "flora")
+"""Rules with an outcome that is added to frozen weights."""
+ONLY_FACTORS = ("fedavg", "ffa", "rolora", "trimmed_mean", "median")
+"""Rules whose outcome is a matrix A and a matrix B, which can be stepped towards."""
+
+
+def goes_by_rounds(recipe: Recipe) -> bool:
+    """Whether replicas train adapters of their own."""
+    return recipe.rounds.replicas == "local"
+
+
+def intervals(recipe: Recipe) -> list[int]:
+    """Steps between the rounds of each level, bottom up; `replicas: local`."""
+    rounds, between = recipe.rounds, max(0, len(recipe.split.tiers) - 2)
+    assert rounds.cloud_every is not None
+    edge = rounds.cloud_every if rounds.edge_every is None else rounds.edge_every
+    return [*(edge if isinstance(edge, tuple) else [edge] * between), rounds.cloud_every]
+
+
+def level_due(recipe: Recipe, steps: int) -> int:
+    """The highest level whose round is due after so many steps; 0: none. At the end of a run all are."""
+    if not goes_by_rounds(recipe) or steps == 0:
+        return 0
+    if steps == recipe.train.steps:
+        return len(intervals(recipe))
+    return max((level for level, every in enumerate(intervals(recipe), 1) if steps % every == 0), default=0)
+
+
+def last_round(recipe: Recipe, steps: int, level: int) -> int:
+    """The steps after which the round before was held at a level, of one that is held after `steps`; 0: none was."""
+    every = intervals(recipe)[level - 1]
+    return (steps - 1) // every * every
+
+
+def side_that_trains(recipe: Recipe, step: int) -> str | None:
+    """Which of the matrices A and B trains in a step, where it is one of them alone.
+
+    `ffa`: B (arXiv 2403.12313); `rolora`: B and A by turns, from round to round of the top (arXiv 2502.01755).
+    """
+    if not goes_by_rounds(recipe) or recipe.rounds.rule not in ("ffa", "rolora"):
+        return None
+    turn = step // intervals(recipe)[-1] if recipe.rounds.rule == "rolora" else 0
+    return "AB"[(turn + 1) % 2]
+
+
+def rounds_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    """Yields what is wrong between keys that are right by themselves: the keys involved and the complaint."""
+    if not goes_by_rounds(recipe):
+        yield from _without_rounds(recipe.rounds)
+        return
+    yield from _interval_misfits(recipe)
+    yield from _rule_misfits(recipe)
+    yield from _elsewhere_misfits(recipe)
+
+
+def _without_rounds(rounds: RoundsRecipe) -> Iterator[Misfit]:
+    for key in sorted(rounds.model_fields_set - {"replicas"}):
+        if getattr(rounds, key) != type(rounds).model_fields[key].get_default(call_default_factory=True):
+            yield (f"rounds.{key}", "rounds.replicas"), f"rounds.{key}: needs rounds.replicas: local; use that"
+
+
+def _interval_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    rounds, between = recipe.rounds, max(0, len(recipe.split.tiers) - 2)
+    keys: tuple[str, ...] = ("rounds.edge_every", "split.tiers")
+    edge = rounds.edge_every
+    if edge is not None and not between:
+        yield keys, f"rounds.edge_every: {edge} is of tiers between clients and top, and there is none; leave it out"
+        return
+    if isinstance(edge, tuple) and len(edge) != between:
+        yield keys, f"rounds.edge_every: {list(edge)} has {len(edge)}; {between} tiers lie between clients and top"
+        return
+    if rounds.cloud_every is None:
+        yield ("rounds.cloud_every",), "rounds.cloud_every: missing; give the steps between rounds of all, such as 20"
+        return
+    found = intervals(recipe)
+    for low, high in pairwise(found):
+        if high % low:
+            keys = ("rounds.edge_every", "rounds.cloud_every")
+            why = "a round further up takes in those below it"
+            yield keys, f"rounds: {high} steps are no multiple of the {low} of the tier below; {why}"
+
+
+def _rule_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    rounds, lora, rule = recipe.rounds, recipe.lora, f"rounds.rule: {recipe.rounds.rule}"
+    if rounds.rule in ONE_SHAPE and any(own.rank or own.alpha for own in lora.clients.values()):
+        advice = "use flora, flexlora or hetlora"
+        yield ("rounds.rule", "lora.clients"), f"{rule} needs one rank and alpha, unlike lora.clients; {advice}"
+    if lora.dora and rounds.rule != "fedavg":
+        yield ("rounds.rule", "lora.dora"), f"{rule} is of A and B alone, and lora.dora has more; use fedavg"
+    if rounds.rule in WITH_FROZEN and (lora.adapters == "per_client" or _mixed(recipe)):
+        why = "adds to frozen weights, which a server's clients with adapters of their own share"
+        keys = ("rounds.rule", "lora.adapters", "split.client_cuts")
+        yield keys, f"{rule} {why}; use lora.adapters: shared, or rule: fedavg, flexlora or rolora"
+    if rounds.outer.name != "none" and rounds.rule not in ONLY_FACTORS:
+        yield (
+            ("rounds.outer.name", "rounds.rule"),
+            f"rounds.outer.name: {rounds.outer.name} steps A and B, which {rule} does not average; use fedavg",
+        )
+    for key in ("clip_update", "reject_beyond"):
+        if getattr(rounds, key) is not None and rounds.rule not in ONE_SHAPE:
+            yield (
+                (f"rounds.{key}", "rounds.rule"),
+                f"rounds.{key}: measures changes of A and B, which {rule} does not keep; use fedavg",
+            )
+    if rounds.moments == "average" and rounds.rule not in ONE_SHAPE:
+        why = "averages moments of A and B that are of one shape"
+        yield ("rounds.moments", "rounds.rule"), f"rounds.moments: average {why}, unlike {rule}; use keep or reset"
+
+
+def _mixed(recipe: Recipe) -> bool:
+    return recipe.lora.adapters == "common" and bool(recipe.split.client_cuts)
+
+
+def _elsewhere_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    local = "rounds.replicas: local"
+    if recipe.train.processes > 1:
+        keys: tuple[str, ...] = ("rounds.replicas", "train.processes")
+        yield keys, f"{local} is not possible with train.processes: {recipe.train.processes}; use 1, or a deployment"
+    if recipe.wire.absent == "drop":
+        why = "a client that was left out takes over the state of another, and here nobody holds the same"
+        yield ("rounds.replicas", "wire.absent"), f"{local} needs wire.absent: wait: {why}"
+    if recipe.server.batching == "continuous":
+        why = "needs steps that all take together"
+        keys = ("rounds.replicas", "server.batching")
+        yield keys, f"{local} {why}; use server.batching: synchronous, or none"

@@ -1,0 +1,127 @@
+"""From a recipe to each role's part in its rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from splitllm.federated.averager import Averager, Limits, starting
+from splitllm.federated.outer import Outer
+from splitllm.federated.rounds import Arithmetic, Tensors
+from splitllm.model.export import load_adapter
+from splitllm.model.families import layout_of
+from splitllm.model.lora import adapter_dtype, adapter_shapes, block_of, in_model, initial_a, scaling_of
+from splitllm.model.naming import in_text_model
+from splitllm.recipe import (
+    LoraRecipe,
+    Recipe,
+    averaged_blocks,
+    client_names,
+    clients_below,
+    goes_by_rounds,
+    intervals,
+    lora_of,
+    role_names,
+    tier_of,
+)
+from splitllm.roles.adapters import DTYPES
+from splitllm.roles.local import Local
+from splitllm.roles.rounds import Rounds
+from splitllm.roles.worker import Worker
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Builds what roles need for rounds.
+
+    Attributes:
+        recipe: the run's.
+        config: of the whole text model.
+        modules: what LoRA adapts.
+    """
+
+    recipe: Recipe
+    config: PreTrainedConfig
+    modules: Sequence[str]
+
+    def local(self, entries: Mapping[int, int]) -> Local | None:
+        """How a role steps by itself; None where roles step together."""
+        if not goes_by_rounds(self.recipe):
+            return None
+        return Local(self._block, entries, self.recipe.train.clip_norm)
+
+    def of(self, name: str, level: int, worker: Worker | None, entries: Mapping[int, int]) -> Rounds | None:
+        """A role's part.
+
+        Args:
+            name: of the role, which may be a coordinator that the recipe does not name.
+            level: 0 for clients, 1 for those right above them.
+            worker: its shard.
+            entries: client -> its cut layer, where that is above the first block here.
+        """
+        if not goes_by_rounds(self.recipe):
+            return None
+        averager = self._averager(top=level == len(intervals(self.recipe))) if level else None
+        if worker is not None:
+            worker.averager = averager
+        client = tier_of(self.recipe, name)[1] if level == 0 else None
+        return Rounds(
+            self.recipe,
+            name,
+            level,
+            worker,
+            self._arithmetic,
+            averager,
+            scale=lambda other: scaling_of(self._lora(client if other is None else other)),
+            block=self._block,
+            blocks=averaged_blocks(self.recipe, self.config.num_hidden_layers),
+            entries=entries,
+            groups=self._groups(name, level) if worker is not None else {},
+            names=client_names(self.recipe),
+        )
+
+    def _lora(self, client: int | None) -> LoraRecipe:
+        return self.recipe.lora if client is None else lora_of(self.recipe, client)
+
+    @property
+    def _arithmetic(self) -> Arithmetic:
+        rounds = self.recipe.rounds
+        return Arithmetic(rounds.rule, scaling_of(self.recipe.lora), rounds.trim)
+
+    def _averager(self, *, top: bool) -> Averager:
+        rounds = self.recipe.rounds
+        outer = None
+        if top and rounds.outer.name != "none":
+            outer = Outer(rounds.outer.name, rounds.outer.lr, rounds.outer.betas, rounds.outer.tau)
+        limits = Limits(rounds.clip_update, rounds.reject_beyond)
+        looks = outer is not None or limits != Limits()
+        return Averager(self._arithmetic, limits, outer, starting(self._start()) if looks else {})
+
+    def _groups(self, name: str, level: int) -> dict[int, list[list[int]]]:
+        """Lower level -> the clients of each of its roles below this one."""
+        below = set(clients_below(self.recipe, name)) if level else set()
+        found = {}
+        for lower, roles in list(enumerate(role_names(self.recipe).values()))[1:level]:
+            groups = [clients_below(self.recipe, role) for role in roles]
+            found[lower] = [group for group in groups if below.issuperset(group)]
+        return found
+
+    def _block(self, tensor: str) -> int:
+        return block_of(self.config, in_model(tensor))
+
+    def _start(self) -> Tensors:
+        """The whole adapter as the run starts it."""
+        recipe, dtype = self.recipe, adapter_dtype(DTYPES[self.recipe.model.dtype])
+        given: Tensors = {}
+        if recipe.lora.start_from is not None:
+            given = in_text_model(load_adapter(Path(recipe.lora.start_from))[1], layout_of(self.config))
+        start: Tensors = {}
+        for name, shape in adapter_shapes(self.config, recipe.lora, self.modules).items():
+            new = initial_a(name, shape, recipe.seed) if ".lora_A." in name else torch.zeros(shape)
+            if "magnitude" not in name:
+                start[name] = given.get(name, new).to(dtype)
+        return start

@@ -1,0 +1,302 @@
+"""What a role does in a round: what it has goes up, what all of them go on from comes down.
+
+A round belongs to the step at whose end it is held: nobody has committed that step before it knows the outcome, so a
+role that is lost in between brings all back to before the step, and the round is held again with it. Messages go up to
+the top in every round; adapters only to the level that is due (`recipe/rounds.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from splitllm.errors import PeerError
+from splitllm.federated.averager import Averager
+from splitllm.federated.factors import LowRank, stacked
+from splitllm.federated.rounds import ADAPTER, FROZEN, A, Arithmetic, B, Combined, Tensors, Update, compact
+from splitllm.model.lora import initial_a
+from splitllm.model.trainable import Trainable
+from splitllm.recipe import Recipe, intervals, last_round, level_due, side_that_trains
+from splitllm.roles.worker import Worker
+from splitllm.wire.message import Message
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+Weights = dict[int, list[float]]
+"""Client -> how much it counts at each level, lowest first."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """An adapter that is trained by itself.
+
+    Attributes:
+        sender: whose it is: a role, or the client that a server trains it for.
+        trainable: the adapter.
+        scale: of its products.
+        client: the number of that client; None: all that the role serves.
+    """
+
+    sender: str
+    trainable: Trainable
+    scale: float
+    client: int | None = None
+
+
+@dataclass
+class Rounds:
+    """One role's part.
+
+    Attributes:
+        recipe: intervals, rule and weights are read.
+        name: of the role.
+        level: 0 of clients, 1 of those right above them.
+        worker: what it trains; None for a mere coordinator.
+        arithmetic: of the rule.
+        averager: of a role that averages.
+        scale: client, or None for what a role trains for all -> scale of its products.
+        block: adapter tensor -> global index of its block.
+        blocks: those that are averaged, since more than one adapter is trained for them.
+        entries: client -> the first block that it runs here.
+        groups: level below -> the clients of each group that averages there.
+        names: of the clients, by number.
+    """
+
+    recipe: Recipe
+    name: str
+    level: int
+    worker: Worker | None
+    arithmetic: Arithmetic
+    averager: Averager | None
+    scale: Callable[[int | None], float]
+    block: Callable[[str], int]
+    blocks: frozenset[int]
+    entries: Mapping[int, int] = field(default_factory=dict)
+    groups: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)
+    names: Sequence[str] = ()
+
+    def due(self, steps: int) -> int:
+        """The highest level that averages after so many steps, or 0."""
+        return level_due(self.recipe, steps)
+
+    def begin(self, step: int) -> None:
+        """Before a step: which matrices train in it."""
+        if self.worker is None:
+            return
+        side = side_that_trains(self.recipe, step)
+        for holder in self._holders():
+            holder.trainable.train_only(side)
+
+    def value(self, due: int) -> Tensors:
+        """What a client sends up."""
+        (value,) = (self._sent(holder, due) for holder in self._holders())
+        return value
+
+    def updates(
+        self, children: Iterable[tuple[str, Sequence[int], Tensors]], weights: Weights, due: int
+    ) -> list[Update]:
+        """What a server averages: what its children sent, and what it trains itself.
+
+        Args:
+            children: of each the name, the clients below it, and its value.
+            weights: of all clients below.
+            due: the highest level that averages.
+        """
+        now = {client: each[self.level - 1] for client, each in weights.items()}
+        found = [Update(name, math.fsum(now[c] for c in clients), value) for name, clients, value in children]
+        for holder in self._holders():
+            value = self._sent(holder, due)
+            if holder.client is not None:
+                found.append(Update(holder.sender, now.get(holder.client, 0.0), value))
+            else:
+                found += self._by_weight(holder.sender, value, now)
+        return [update for update in found if update.weight > 0 and update.tensors]
+
+    def take(self, value: Mapping[str, torch.Tensor], due: int, steps: int) -> None:
+        """Go on from the outcome."""
+        for holder in self._holders():
+            self._renew(holder, value, due, steps)
+        if self.averager is not None:
+            self.averager.handed_out(value)
+
+    def settled(self, value: Tensors) -> Tensors:
+        """What is handed out for the average of the level that is due: at the top, where its optimizer steps to."""
+        return value if self.averager is None else self.averager.settle(value)
+
+    def report(self, combined: Combined, rejected: Mapping[str, str], children: int) -> dict[str, Any]:
+        """What is told of an average."""
+        ranks = [t.shape[0] for name, t in combined.value.items() if name.startswith(FROZEN) and name.endswith(A)]
+        said = {"role": self.name, "level": self.level, "updates": children, "error": combined.error}
+        return {**said, "frozen_rank": max(ranks, default=0), "rejected": dict(rejected)}
+
+    def concerns(self, name: str, sent: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a tensor of an outcome is of an adapter tensor that was sent."""
+        return any(place + name.partition("/")[2] in sent for place in (ADAPTER, FROZEN))
+
+    def adapter(self) -> Tensors:
+        """What is trained here by its names in an adapter file, and `frozen/NAME`; under rules of any rank scaled.
+
+        Of what more than one holds here, the largest: after a round of all it is the best.
+        """
+        held = [self.arithmetic.sent(_tensors_of(holder), holder.scale) for holder in self._holders()]
+        tensors = {name.removeprefix(ADAPTER): t for name, t in largest(held).items()}
+        frozen = self.worker.frozen if self.worker is not None else None
+        return tensors | (frozen.whole() if frozen is not None else {})
+
+    def average_groups(self, weights: Weights, due: int) -> None:
+        """A round of a lower level: what is trained here for its clients is averaged group by group."""
+        own = {holder.client: holder for holder in self._holders() if holder.client is not None}
+        for group in self.groups.get(due, ()):
+            members = [own[client] for client in group if client in own]
+            updates = [
+                Update(h.sender, weights[h.client][due - 1], self._sent(h, due))
+                for h in members
+                if h.client is not None
+            ]
+            usable = [update for update in updates if update.weight > 0 and update.tensors]
+            if usable and self.averager is not None:
+                combined, _ = self.averager.combine(usable)
+                for holder in members:
+                    self._renew(holder, combined.value, due, 0)
+
+    def weight(self, labels: Callable[[int, int], int], examples: int, steps: int) -> list[float]:
+        """What a client counts at each level.
+
+        Args:
+            labels: from a step to another -> labels that it trained on.
+            examples: rows that it has.
+            steps: that are done.
+        """
+        levels, by = range(1, len(intervals(self.recipe)) + 1), self.recipe.rounds.weights
+        if by == "tokens":
+            return [float(labels(last_round(self.recipe, steps, level), steps)) for level in levels]
+        return [float(examples) if by == "examples" else 1.0 for _ in levels]
+
+    def _holders(self) -> list[Holder]:
+        """What is trained here."""
+        if self.worker is None:
+            return []
+        mine = [Holder(self.name, self.worker.trainable, self.scale(None))] if self.worker.trainable.parameters else []
+        own = self.worker.own.items()
+        return mine + [Holder(self.names[client], each, self.scale(client), client) for client, each in own]
+
+    def _sent(self, holder: Holder, due: int) -> Tensors:
+        """What it trains that others have, too, as a value."""
+        trains = holder.trainable.parameters.items()
+        adapter = {name: p.detach() for name, p in trains if p.requires_grad and self.block(name) in self.blocks}
+        value = self.arithmetic.sent(adapter, holder.scale)
+        if self.recipe.rounds.moments == "average":
+            state = holder.trainable.state()
+            value |= {key: t for key, t in state.items() if key.partition("/")[2] in adapter and _is_moment(key)}
+        if self.worker is not None and self.worker.frozen is not None and holder.client is None:
+            for module in self.worker.frozen.modules:
+                if module + A in adapter and (added := self._added(module, due)) is not None:
+                    value |= {FROZEN + module + A: added.a_RD, FROZEN + module + B: added.b_OR}
+        return value
+
+    def _added(self, module: str, due: int) -> LowRank | None:
+        """What lower levels have frozen since the last round of the one that is due."""
+        assert self.worker is not None and self.worker.frozen is not None
+        parts = [LowRank(*factors) for factors in self.worker.frozen.below(module, due)]
+        return stacked(parts, [1.0] * len(parts)) if parts else None
+
+    def _by_weight(self, sender: str, value: Tensors, now: Mapping[int, float]) -> list[Update]:
+        """A server's own adapter: each block counts as much as the clients that it serves."""
+        groups: dict[float, Tensors] = {}
+        for key, tensor in value.items():
+            block = self.block(key.partition("/")[2])
+            served = math.fsum(w for client, w in now.items() if self.entries.get(client, 0) <= block)
+            groups.setdefault(served, {})[key] = tensor
+        return [Update(sender, weight, tensors) for weight, tensors in groups.items()]
+
+    def _renew(self, holder: Holder, value: Mapping[str, torch.Tensor], due: int, steps: int) -> None:
+        parameters = holder.trainable.parameters
+        taken = self.arithmetic.received(value, {n: p.detach() for n, p in parameters.items()}, holder.scale)
+        moments = {k: t for k, t in value.items() if _is_moment(k) and k.partition("/")[2] in parameters}
+        anew = self._anew(holder, value, steps)
+        reset = self.recipe.rounds.moments == "reset" or bool(anew)
+        holder.trainable.renew({**taken, **moments, **anew}, reset=reset)
+        if self.worker is not None and self.worker.frozen is not None and holder.client is None:
+            self._freeze(value, due)
+
+    def _anew(self, holder: Holder, value: Mapping[str, torch.Tensor], steps: int) -> Tensors:
+        """Where all went into the frozen part: a new A, and B is 0."""
+        tensors: Tensors = {}
+        for name, parameter in holder.trainable.parameters.items():
+            if not name.endswith(A) or ADAPTER + name in value or FROZEN + name not in value:
+                continue
+            drawn = initial_a(f"{name} after {steps}", parameter.shape, self.recipe.seed)
+            b_name = name.removesuffix(A) + B
+            tensors[ADAPTER + name] = drawn.to(parameter.device, parameter.dtype)
+            tensors[ADAPTER + b_name] = torch.zeros_like(holder.trainable.parameters[b_name])
+        return tensors
+
+    def _freeze(self, value: Mapping[str, torch.Tensor], due: int) -> None:
+        assert self.worker is not None and self.worker.frozen is not None
+        for module in self.worker.frozen.modules:
+            if FROZEN + module + A not in value:
+                continue
+            now = LowRank(value[FROZEN + module + A], value[FROZEN + module + B])
+            before = self.worker.frozen.of(module, due)
+            whole = now if before is None else stacked([LowRank(*before), now], [1.0, 1.0])
+            if whole.rank > min(whole.a_RD.shape[1], whole.b_OR.shape[0]):
+                whole = compact(whole)
+            self.worker.frozen.put(module, due, (whole.a_RD, whole.b_OR))
+
+
+def largest(parts: Iterable[Mapping[str, torch.Tensor]]) -> Tensors:
+    """All tensors; of one that several hold the largest."""
+    whole: Tensors = {}
+    for part in parts:
+        for name, tensor in part.items():
+            if name not in whole or tensor.numel() > whole[name].numel():
+                whole[name] = tensor
+    return whole
+
+
+def _tensors_of(holder: Holder) -> Tensors:
+    return {name: parameter.detach() for name, parameter in holder.trainable.parameters.items()}
+
+
+def outcome_in(reply: Message, sent: Mapping[str, torch.Tensor], arithmetic: Arithmetic) -> Tensors:
+    """The value in the answer to a round: of all that was sent, of shapes that fit, and finite.
+
+    Raises:
+        PeerError: it is not.
+    """
+    value = dict(reply.tensors)
+    for name, like in {**_adapters(sent), **value}.items():
+        mine = sent.get(name)
+        if name not in value and FROZEN + name.removeprefix(ADAPTER) in value:
+            continue
+        found = value.get(name)
+        if found is None or not found.is_floating_point() or not bool(torch.isfinite(found).all()):
+            raise PeerError(f"{reply.sender} answered round with nothing of use as {name}")
+        if not _alike(name, found, like if mine is None else mine, sent, arithmetic):
+            raise PeerError(f"{reply.sender} answered round with {list(found.shape)} as {name}")
+    return value
+
+
+def _adapters(sent: Mapping[str, torch.Tensor]) -> Tensors:
+    return {name: tensor for name, tensor in sent.items() if name.startswith(ADAPTER)}
+
+
+def _alike(
+    name: str, found: torch.Tensor, like: torch.Tensor, sent: Mapping[str, torch.Tensor], arithmetic: Arithmetic
+) -> bool:
+    """Whether a tensor of an outcome is of a shape that it can have."""
+    place, _, bare = name.partition("/")
+    own = sent.get(ADAPTER + bare)
+    if f"{place}/" == ADAPTER and not arithmetic.any_rank:
+        return found.shape == like.shape
+    if f"{place}/" in (ADAPTER, FROZEN):
+        wide = 1 if bare.endswith(A) else 0
+        return own is not None and found.dim() == 2 and found.shape[wide] == own.shape[wide]
+    return name in sent and found.shape == like.shape
+
+
+def _is_moment(key: str) -> bool:
+    return not key.startswith((ADAPTER, FROZEN)) and key.partition("/")[0] in MOMENTS
