@@ -93,7 +93,7 @@ def wanted(rules: Rules, there: int) -> int:
 
 
 def _share(share: float, of: int) -> int:
-    """Rounded up, by the decimal number that was written: 0.1 of 30 are 3, not the 4 of binary fractions."""
+    """Rounded up, by the decimal number that was written: 0.07 of 100 are 7, not the 8 of binary fractions."""
     return math.ceil(Fraction(str(share)) * of)
 
 

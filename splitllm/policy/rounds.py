@@ -122,7 +122,7 @@ def arrive(this: Round, client: str, key: tuple[int, int], now: float) -> tuple[
 
 def leave(this: Round, clients: Sequence[str]) -> Round:
     """The round after some have gone; what they have sent before counts."""
-    return replace(this, left=this.left | (set(clients) & set(this.asked)))
+    return replace(this, left=this.left.union(clients))
 
 
 def _line(this: Round, missing: Sequence[str], now: float) -> str:

@@ -82,6 +82,13 @@ def test_those_that_lose_much_and_are_fast_are_asked_more_often() -> None:
     assert min(found[client] for client in bad) > 0
 
 
+def test_who_is_worth_much_less_than_the_last_of_the_best_is_only_explored() -> None:
+    """Worth 1, 8/9, 7/9 and so on: for two places, those above 0.7 x 8/9 are drawn from, the first most often."""
+    known = {client: Seen(10.0 - number, 1.0, 10**6) for number, client in enumerate(CROWD)}
+    found = times(History(known), 2, Settings(explore=0.0, floor=0.0))
+    assert set(found) == set(CROWD[:4]) and found[CROWD[0]] > found[CROWD[3]]
+
+
 def test_a_fifth_of_the_places_is_explored_for_ever() -> None:
     """Nine are known; the tenth, which never answers, is asked whenever a place is for exploration."""
     known = {client: Seen(100.0, 1.0, 90) for client in CROWD[:9]}

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitllm.policy.history import History, Seen
+from splitllm.policy.oort import Settings
 from splitllm.policy.participation import POLICIES, Asked, Rules, TooFew, select, wanted
 from splitllm.policy.sampling import Draw
 
@@ -30,6 +31,7 @@ histories = st.builds(History, st.dictionaries(st.sampled_from(CROWD), seen))
     [
         (0.1, None, 1, 30, 3),
         (0.1, None, 1, 31, 4),
+        (0.07, None, 1, 100, 7),
         (0.01, None, 1, 5, 1),
         (0.01, None, 3, 5, 3),
         (1.0, None, 1, 7, 7),
@@ -46,6 +48,18 @@ def test_the_goal(share: float, count: int | None, minimum: int, there: int, goa
 def test_more_are_asked_than_are_wanted(policy: str, over: float, asked: int) -> None:
     found = select(Rules(policy, count=10, over=over), CROWD, Draw(0, 1))
     assert isinstance(found, Asked) and (len(found.clients), found.goal) == (asked, 10)
+
+
+def test_poisson_asks_so_many_on_average_if_a_count_is_given() -> None:
+    found = [select(Rules("poisson", count=5), CROWD, Draw(0, number)) for number in range(1, 401)]
+    sizes = [len(one.clients) for one in found if isinstance(one, Asked)]
+    assert sum(sizes) / 400 == pytest.approx(5, abs=0.4) and max(sizes) > 8
+
+
+def test_oort_goes_by_what_is_known_and_by_its_settings() -> None:
+    known = History({client: Seen(float(client == CROWD[7]), 1.0, 90) for client in CROWD})
+    rules = Rules("oort", count=1, oort=Settings(explore=0.0, floor=0.0))
+    assert {select(rules, CROWD, Draw(0, number), known) for number in range(100, 130)} == {Asked((CROWD[7],), 1)}
 
 
 def test_all_are_all() -> None:
