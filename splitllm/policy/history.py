@@ -11,6 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+_LARGEST = 1e100  # of what is reported: sums of it stay finite
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -119,4 +121,4 @@ def _paced(history: History, window: int, pace: float) -> History:
 
 
 def _finite(value: float) -> float:
-    return value if math.isfinite(value) and value > 0 else 0.0
+    return min(value, _LARGEST) if math.isfinite(value) and value > 0 else 0.0

@@ -65,6 +65,12 @@ def test_the_pacer_stays_within_its_bounds() -> None:
     assert of([10] * 100) == 100 and of([6.0**number for number in range(40)]) == 5
 
 
+def test_utility_beyond_all_bounds_does_not_stop_the_pacer() -> None:
+    assert of([1.7e308] * 8) == 45
+    both = recorded(History(), 1, {"a": Report(1.7e308, 1.0), "b": Report(1.7e308, 1.0)})
+    assert math.isfinite(both.recent[0])
+
+
 @given(closed)
 def test_it_survives_a_journal_whatever_clients_report(rounds: list[tuple[dict[str, Report], set[str]]]) -> None:
     history = History()
