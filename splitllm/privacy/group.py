@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Set
 from itertools import islice
 
@@ -11,7 +12,7 @@ from splitllm.errors import PeerError, VoidRoundError
 from splitllm.privacy.fixedpoint import Words
 from splitllm.privacy.masks import add_mask, subtract_mask
 from splitllm.privacy.messages import Delivery, Keys, Masked, Roster, Shares, Survivors, Unmasking, Up
-from splitllm.privacy.sealing import public_of
+from splitllm.privacy.sealing import PUBLIC_BYTES, agree, public_of
 from splitllm.privacy.secagg import Terms, commitment, digest, mask_key, need
 from splitllm.privacy.shamir import join
 
@@ -154,6 +155,8 @@ class Group:
                 known = {key for each in self._keys.values() for key in (each.sealing, each.masking)}
                 if {message.sealing, message.masking} & known or message.sealing == message.masking:
                     raise PeerError(f"{message.member}: its public keys are not two of its own; make new ones")
+                for key in (message.sealing, message.masking):
+                    agree(os.urandom(PUBLIC_BYTES), key, message.member)
                 self._keys[message.member] = message
             case Shares():
                 self._need_names(message.member, "sealed", message.sealed, self._expected - {message.member})

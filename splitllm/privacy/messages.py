@@ -32,6 +32,7 @@ def _unhex(value: object) -> bytes:
     return bytes.fromhex(value)
 
 
+Name = Annotated[StrictStr, Field(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")]
 _Hex = Annotated[bytes, BeforeValidator(_unhex), PlainSerializer(bytes.hex)]
 PublicKey = Annotated[_Hex, Field(min_length=PUBLIC_BYTES, max_length=PUBLIC_BYTES)]
 Share = Annotated[_Hex, Field(min_length=SHARE_BYTES, max_length=SHARE_BYTES)]
@@ -44,8 +45,8 @@ class Keys:
     """A member's public keys: one to seal shares with, one to agree on masks."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    round: StrictStr
-    member: StrictStr
+    round: Name
+    member: Name
     sealing: PublicKey
     masking: PublicKey
 
@@ -55,8 +56,8 @@ class Roster:
     """Sealing and masking key of every member, by name."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    round: StrictStr
-    keys: dict[StrictStr, tuple[PublicKey, PublicKey]]
+    round: Name
+    keys: dict[Name, tuple[PublicKey, PublicKey]]
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class Shares:
     """A member's sealed shares by receiver, and what fixes the seed of its own mask."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    round: StrictStr
-    member: StrictStr
+    round: Name
+    member: Name
     commitment: Commitment
-    sealed: dict[StrictStr, Sealed]
+    sealed: dict[Name, Sealed]
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class Delivery:
     """The sealed shares for one member, by sender."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    round: StrictStr
-    sealed: dict[StrictStr, Sealed]
+    round: Name
+    sealed: dict[Name, Sealed]
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class Masked:
     """A member's words behind its masks; the only array that travels."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    round: StrictStr
-    member: StrictStr
+    round: Name
+    member: Name
     words: InstanceOf[np.ndarray]
 
 
@@ -94,8 +95,8 @@ class Survivors:
     """Whose words are in the sum. Their masks come off, and those that they have in common with who is lost."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    round: StrictStr
-    members: list[StrictStr]
+    round: Name
+    members: list[Name]
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,10 @@ class Unmasking:
     """A member's shares: of the survivors' seeds, and of the masking keys of who was lost on the way."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    round: StrictStr
-    member: StrictStr
-    seeds: dict[StrictStr, Share]
-    keys: dict[StrictStr, Share]
+    round: Name
+    member: Name
+    seeds: dict[Name, Share]
+    keys: dict[Name, Share]
 
 
 Up = Keys | Shares | Masked | Unmasking
@@ -136,7 +137,8 @@ def from_header(kind: type[M], header: Mapping[str, Any], words: Words | None = 
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part)[:80] for part in first["loc"]) or "header"
-        raise PeerError(f"{kind.__name__}: {where}: {first['msg']}") from error
+        line = f"{kind.__name__}: {where}: {first['msg']}"
+        raise PeerError(line.encode("unicode_escape").decode()) from error
     return message
 
 
