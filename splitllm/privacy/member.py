@@ -30,7 +30,7 @@ class Member:
     def __init__(self, name: str, terms: Terms) -> None:
         self.name = name
         self.terms = terms
-        self._phase = 0
+        self._phase = _PHASES[0]
         self._sealing, self._masking, self._seed = (os.urandom(KEY_BYTES) for _ in range(3))
         self._roster = Roster(terms.round, {})
         self._binding = ""
@@ -40,6 +40,7 @@ class Member:
     def keys(self) -> Keys:
         """Its public keys, which nobody has seen before."""
         self._enter("keys", self.terms.round)
+        self._leave("keys")
         return Keys(self.terms.round, self.name, public_of(self._sealing), public_of(self._masking))
 
     def shares(self, roster: Roster) -> Shares:
@@ -59,6 +60,7 @@ class Member:
             name: seal(self._key(name, self.name, name), text, self._binding, self.name, name)
             for name, text in both.items()
         }
+        self._leave("shares")
         return Shares(self.terms.round, self.name, commitment(self._seed, self.name, self._binding), sealed)
 
     def masked(self, delivery: Delivery, words: Words) -> Masked:
@@ -84,6 +86,7 @@ class Member:
         for other in self._held:
             key = mask_key(self._masking, self._roster.keys[other][1], (self.name, other), self._binding)
             (add_mask if self.name < other else subtract_mask)(total, key)
+        self._leave("masked")
         return Masked(self.terms.round, self.name, total)
 
     def unmasking(self, survivors: Survivors) -> Unmasking:
@@ -109,17 +112,19 @@ class Member:
         keys = {name: both[SHARE_BYTES:] for name, both in held.items() if name not in alive}
         self._sealing = self._masking = self._seed = self._own = b""
         self._held = {}
+        self._leave("unmasking")
         return Unmasking(self.terms.round, self.name, seeds, keys)
 
     def _enter(self, phase: str, round_: str) -> None:
-        """This phase is over whether it succeeds or not."""
-        expected = _PHASES[self._phase]
-        if phase != expected:
-            raise PeerError(f"round {self.terms.round}: {self.name} is asked for {phase}, and is at {expected}")
-        self._phase += 1
+        """What fails from here on ends the round for this member; `_leave` goes on with the next phase."""
+        if phase != self._phase:
+            raise PeerError(f"round {self.terms.round}: {self.name} is asked for {phase}, and is at {self._phase}")
+        self._phase = _PHASES[-1]
         if round_ != self.terms.round:
-            self._phase = len(_PHASES) - 1
             raise PeerError(f"round {round_}: {self.name} has made its keys for round {self.terms.round}, and no other")
+
+    def _leave(self, phase: str) -> None:
+        self._phase = _PHASES[_PHASES.index(phase) + 1]
 
     def _check(self, roster: Roster) -> None:
         own = (public_of(self._sealing), public_of(self._masking))

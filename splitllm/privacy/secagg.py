@@ -19,7 +19,8 @@ owner sent before, so altered shares end the round too, and never give a wrong s
 
 **Hidden**, from the server and up to t - 1 members that tell it all: everything but the sum of at least t members'
 words, even of a member that is lost after it sent them. (What remains of a sum without the words of those that tell is
-known to them, of course.) Not hidden: who takes part, and what two sums tell that differ by one member.
+known to them, of course.) Not hidden: who takes part, and what two sums of the same words tell that differ by one
+member. So whoever has answered the last phase sends those words in no further round: the server may have their sum.
 
 **A server that lies** reads and alters no shares: they are sealed between members and bound to sender, receiver, terms
 and the keys of all, so one that shows different keys to different members gets nowhere. But it could tell some members

@@ -168,6 +168,8 @@ def test_words_that_are_not_of_the_terms_are_refused() -> None:
         at = Until("masked")
         with pytest.raises(PrivacyError, match=what):
             at.first.masked(at.delivery, words)
+        with pytest.raises(PeerError, match="is at the end"):  # it has sent no words, so it is in no sum
+            at.first.unmasking(Survivors(AGREED.round, FIVE))
 
 
 def test_words_are_left_as_they_are() -> None:
