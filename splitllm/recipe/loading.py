@@ -79,7 +79,7 @@ def what_leaves_the_device(recipe: Recipe) -> str:
     trains = recipe.lora.tiers is None or name in recipe.lora.tiers
     if not above:
         if count > 1 and trains and goes_by_rounds(recipe):
-            return f"only its adapter leaves each {name}, in rounds: the whole model is trained in place on {count} of them"
+            return f"only its adapter leaves each {name}, in rounds: {count} of them train the whole model in place"
         if count > 1 and trains:
             return f"only adapter gradients leave each {name}: the whole model is trained in place on {count} of them"
         return "nothing leaves the device: the whole model is trained in place"
