@@ -29,7 +29,7 @@ from splitllm.recipe import (
     tenant_blocks,
     tier_of,
 )
-from splitllm.recipe.rounds import ONE_SHAPE, WITH_FROZEN
+from splitllm.recipe.rounds import ONE_SHAPE, WITH_FROZEN, hides
 from splitllm.roles.checks import Allowed, Child
 from splitllm.roles.round_checks import RoundBounds
 from splitllm.roles.worker import TENANT
@@ -38,6 +38,7 @@ from splitllm.wire.frames import aligned
 
 MIB = 2**20
 STATES = 4  # of an adapter tensor: itself, two moments, and a count of steps
+_WORDS = {32: torch.int32, 64: torch.int64}
 OF_MICRO_BATCH = 4  # tensors of its request
 INDEX_BYTES = 4
 
@@ -83,6 +84,7 @@ def _round_bounds(recipe: Recipe, name: str) -> RoundBounds | None:
         frozen=rule in WITH_FROZEN,
         anew=rule == "flora",
         moments=recipe.rounds.moments == "average",
+        words=_WORDS[recipe.rounds.secure.bits] if hides(recipe) and tier_of(recipe, name)[0] == 1 else None,
     )
 
 

@@ -36,15 +36,15 @@ class Averager:
         arithmetic: the rule.
         limits: of changes.
         outer: at the top, how it steps; None: it takes the average.
-        start: what all holders below start from, `adapter/NAME`; needed where changes are looked at.
+        start: what all holders below start from, `adapter/NAME`; needed where changes are looked at, and kept where it
+            is there.
     """
 
     def __init__(
         self, arithmetic: Arithmetic, limits: Limits, outer: Outer | None, start: Mapping[str, torch.Tensor]
     ) -> None:
         self.arithmetic, self.limits, self.outer = arithmetic, limits, outer
-        self.looks_at_changes = outer is not None or limits != Limits()
-        self._given = {name: tensor.clone() for name, tensor in start.items()} if self.looks_at_changes else {}
+        self._given = {name: tensor.clone() for name, tensor in start.items()}
         self._moments: Tensors = {}
 
     def combine(self, updates: Sequence[Update]) -> tuple[Combined, dict[str, str]]:
@@ -75,6 +75,10 @@ class Averager:
         """This is what all holders below go on from."""
         for name in self._given.keys() & value.keys():
             self._given[name] = value[name].detach().clone()
+
+    def given(self) -> Tensors:
+        """What was handed out last."""
+        return dict(self._given)
 
     def state(self) -> Tensors:
         """All that a resumed run needs."""

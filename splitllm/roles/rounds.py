@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from splitllm.federated.factors import LowRank, stacked
 from splitllm.federated.rounds import ADAPTER, FROZEN, A, Arithmetic, B, Combined, Tensors, Update, compact
 from splitllm.model.lora import initial_a
 from splitllm.model.trainable import Trainable
+from splitllm.privacy.fixedpoint import Words
 from splitllm.recipe import Recipe, level_due, side_that_trains
+from splitllm.roles.hidden import Hiding, summed
 from splitllm.roles.participation import Participation
 from splitllm.roles.together import answered
 from splitllm.roles.worker import Worker
@@ -58,12 +60,14 @@ class Outcome:
         rejected: who was left out -> why.
         updates: that were averaged.
         void: why it does not count; None: it does.
+        epsilon: that all rounds of this server so far have cost, where there is noise.
     """
 
     combined: Combined | None
     rejected: Mapping[str, str]
     updates: int
     void: str | None = None
+    epsilon: float | None = None
 
 
 @dataclass
@@ -104,6 +108,7 @@ class Rounds:
         names: of the clients, by number.
         stops: role right below -> the block after the last that it holds.
         participation: of a server right above clients.
+        hiding: how clients and the server right above them hide what each sends; None: they do not.
     """
 
     recipe: Recipe
@@ -120,6 +125,7 @@ class Rounds:
     names: Sequence[str] = ()
     stops: Mapping[str, int] = field(default_factory=dict)
     participation: Participation | None = None
+    hiding: Hiding | None = None
 
     def due(self, steps: int) -> int:
         """The highest level that averages after so many steps, or 0."""
@@ -158,6 +164,29 @@ class Rounds:
                 found += self._by_weight(holder.sender, value, now)
         return [update for update in found if update.weight > 0 and update.tensors]
 
+    def words(self, value: Tensors) -> Words:
+        """What a client adds to a sum instead of its value."""
+        assert self.hiding is not None and self.worker is not None
+        anchor = {ADAPTER + name: tensor for name, tensor in self.worker.trainable.anchor().items()}
+        return self.hiding.words_of(value, anchor, self.name)
+
+    def summed_tensors(self, steps: int) -> Tensors:
+        """What clients add up in a round, as it was handed out last."""
+        assert self.averager is not None
+        side, stop = side_that_trains(self.recipe, steps - 1), min(self.stops.values())
+        given = self.averager.given().items()
+        names = {key: tensor for key, tensor in given if self._is_summed(key.partition("/")[2], stop)}
+        return {key: tensor for key, tensor in names.items() if side is None or f".lora_{side}." in key}
+
+    def sum_of(self, messages: Sequence[Message]) -> Words:
+        """Of words that are not masked."""
+        assert self.hiding is not None
+        size = sum(tensor.numel() for tensor in self.summed_tensors(messages[0].step).values())
+        return summed(messages, self.hiding.fixed.dtype, size)
+
+    def _is_summed(self, name: str, stop: int) -> bool:
+        return self.block(name) in self.blocks and self.block(name) < stop
+
     def take(self, value: Mapping[str, torch.Tensor], due: int, steps: int) -> None:
         """Go on from the outcome."""
         for holder in self._holders():
@@ -186,28 +215,29 @@ class Rounds:
     def report(self, outcome: Outcome) -> dict[str, Any]:
         """What is told of an average."""
         value = {} if outcome.combined is None else outcome.combined.value
+        error = 0.0 if outcome.combined is None else outcome.combined.error
         ranks = [t.shape[0] for name, t in value.items() if name.startswith(FROZEN) and name.endswith(A)]
         return {
             "role": self.name,
             "level": self.level,
             "updates": outcome.updates,
-            "error": 0.0 if outcome.combined is None else outcome.combined.error,
+            "error": error if self.hiding is None else None,
             "frozen_rank": max(ranks, default=0),
             "rejected": dict(outcome.rejected),
             "void": outcome.void,
+            "epsilon": outcome.epsilon,
         }
 
     def concerns(self, name: str, child: str) -> bool:
         """Whether a tensor of an outcome is of a block that a child or somebody below it holds."""
         return self.block(name.partition("/")[2]) < self.stops[child]
 
-    def is_void(self, updates: Sequence[Update], rejected: Mapping[str, str]) -> str | None:
+    def is_void(self, usable: int) -> str | None:
         """Why a round right above clients does not count, if so many updates are too few; None: it does."""
-        senders = {update.sender for update in updates} - rejected.keys() - {self.name}
         least = self.recipe.rounds.participation.minimum if self.level == 1 else 1
-        if len(senders) >= least:
+        if usable >= least:
             return None
-        return f"{len(senders)} usable updates, where rounds.participation.minimum is {least}"
+        return f"{usable} usable updates, where rounds.participation.minimum is {least}"
 
     def adapter(self) -> Tensors:
         """What is trained here by its names in an adapter file, and `frozen/NAME`; under rules of any rank scaled.
@@ -250,7 +280,16 @@ class Rounds:
         except AverageError as error:
             raise DivergedError(str(error)) from error
         left = {update.sender for update in updates} - rejected.keys()
-        return Outcome(combined, rejected, len(left), self.is_void(updates, rejected))
+        return Outcome(combined, rejected, len(left), self.is_void(len(left - {self.name})))
+
+    def average_hidden(self, words: Words, weights: Weights, due: int, steps: int) -> Outcome:
+        """The same of the sum of what clients have added."""
+        assert self.hiding is not None and self.participation is not None
+        members = [client for client, each in weights.items() if each[self.level - 1] > 0]
+        value = self.hiding.mean(words, len(members), self.summed_tensors(steps))
+        made = self.average([("the clients' sum", members, value)], weights, due)
+        spent = self.hiding.spent(self.participation.rounds_held + 1)
+        return replace(made, updates=len(members), void=self.is_void(len(members)), epsilon=spent)
 
     def _holders(self) -> list[Holder]:
         """What is trained here."""

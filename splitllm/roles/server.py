@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from splitllm.errors import PeerError
+from splitllm.errors import PeerError, VoidRoundError
 from splitllm.model.common import Gift
 from splitllm.model.joined import Rows
 from splitllm.model.randomness import MicroBatchId
@@ -22,6 +22,7 @@ from splitllm.roles.batcher import Alone
 from splitllm.roles.closing import Closing, Settled, apply, scale_of, settle
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.local import Local, LocalStep
+from splitllm.roles.masked import MaskedRounds
 from splitllm.roles.meeting import Meeting
 from splitllm.roles.questions import LossAsk, Upward, labelled
 from splitllm.roles.rounds import Outcome, Rounds, Weights, is_void, largest, outcome_in
@@ -148,7 +149,7 @@ class Server:
         """Start afresh with these children: whatever was under way is forgotten."""
         self.generation = generation
         self._opening, self._closing = Meeting(children, self._open), Meeting(children, self._close)
-        self._rounding = Meeting(children, self._round)
+        self._rounding, self._masking = Meeting(children, self._round), MaskedRounds(self.rounds, self.message)
         self._weights: LossWeights = {}
         self._scales: dict[int, float] = {}
         self._labels: dict[int, int] = {}
@@ -174,6 +175,8 @@ class Server:
             return await self._closing.join(message)
         if message.kind == "round":
             return await self._rounding.join(message)
+        if message.kind == "secure":
+            return await self._masking.phase(message)
         if message.kind == "forward":
             return await self._forward(message)
         if message.kind == "backward":
@@ -395,8 +398,7 @@ class Server:
         reports: Reports = [report for message in messages for report in message.header.get("reports", [])]
         averages, made = rounds.level <= due, Outcome(None, {}, 0)
         if averages:
-            children = [(m.sender, rounds.clients_in(m), dict(m.tensors)) for m in messages]
-            made = await self.device.run(lambda: rounds.average(children, weights, due))
+            made = await self.device.run(lambda: self._average(rounds, messages, weights))
             reports.append(rounds.report(made))
         else:
             await self.device.run(lambda: rounds.average_groups(weights, due))
@@ -417,6 +419,18 @@ class Server:
             return self.message("round", message.micro_batch, {"void": void}, tensors)
 
         return reply
+
+    def _average(self, rounds: Rounds, messages: list[Message], weights: Weights) -> Outcome:
+        steps = messages[0].step
+        if rounds.hiding is None:
+            children = [(m.sender, rounds.clients_in(m), dict(m.tensors)) for m in messages]
+            return rounds.average(children, weights, rounds.due(steps))
+        there = [m for m in messages if any(weights[client][0] > 0 for client in rounds.clients_in(m))]
+        try:
+            words = self._masking.total(there) if rounds.hiding.threshold else rounds.sum_of(there)
+        except VoidRoundError as error:
+            return Outcome(None, {}, 0, str(error))
+        return rounds.average_hidden(words, weights, rounds.due(steps), steps)
 
     async def _outcome_above(
         self, rounds: Rounds, messages: list[Message], made: Outcome, weights: Weights, reports: Reports
