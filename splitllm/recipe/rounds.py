@@ -55,6 +55,29 @@ def side_that_trains(recipe: Recipe, step: int) -> str | None:
     return "AB"[(turn + 1) % 2]
 
 
+def rounds_line(recipe: Recipe) -> str:
+    """Says in one line when rounds are held, and what they average."""
+    rounds, names = recipe.rounds, list(recipe.split.tiers)[1:] or ["coordinator"]
+    held = [f"every {every} steps at the {name}" for name, every in zip(names, intervals(recipe), strict=True)]
+    some = rounds.participation
+    parts = [f"{rounds.rule} {' and '.join(held)}, weights: {rounds.weights}"]
+    if some.policy != "all":
+        wanted = f"{some.count}" if some.count is not None else f"{some.share:g}"
+        parts.append(f"{some.policy} {wanted} of the clients at a time")
+    if rounds.secure.aggregate:
+        parts.append("masked: the server right above clients sees sums alone")
+    if rounds.privacy.clip is not None:
+        parts.append(f"changes clipped to {rounds.privacy.clip:g}, noise {rounds.privacy.noise:g}")
+    return "; ".join(parts)
+
+
+def what_leaves_in_rounds(recipe: Recipe) -> str:
+    """What a client sends of its adapter."""
+    if recipe.rounds.secure.aggregate:
+        return "its adapter in rounds, masked"
+    return "its clipped change in rounds" if recipe.rounds.privacy.clip is not None else "its adapter in rounds"
+
+
 def rounds_misfits(recipe: Recipe) -> Iterator[Misfit]:
     """Yields what is wrong between keys that are right by themselves: the keys involved and the complaint."""
     if not goes_by_rounds(recipe):
@@ -171,6 +194,9 @@ def _hiding_misfits(recipe: Recipe) -> Iterator[Misfit]:
     for name in ("clip_update", "reject_beyond"):
         if getattr(rounds, name) is not None:
             yield (place, f"rounds.{name}"), f"{key} with rounds.{name}, which looks at each update; leave it out"
+    lowest = next(iter(recipe.split.tiers))
+    if recipe.lora.tiers is not None and lowest not in recipe.lora.tiers:
+        yield (place, "lora.tiers"), f"{key} needs clients that train; add {lowest} to lora.tiers"
     if recipe.lora.adapters != "shared" or recipe.split.client_cuts or recipe.lora.dora:
         keys = (place, "lora.adapters", "split.client_cuts", "lora.dora")
         yield keys, f"{key} needs lora.adapters: shared, one cut and no DoRA: all clients sum the same tensors"

@@ -141,8 +141,7 @@ class Rounds:
 
     def value(self, due: int) -> Tensors:
         """What a client sends up."""
-        (value,) = (self._sent(holder, due) for holder in self._holders())
-        return value
+        return largest([self._sent(holder, due) for holder in self._holders()])
 
     def updates(
         self, children: Iterable[tuple[str, Sequence[int], Tensors]], weights: Weights, due: int
