@@ -231,6 +231,11 @@ class Rounds:
         """Whether a tensor of an outcome is of a block that a child or somebody below it holds."""
         return self.block(name.partition("/")[2]) < self.stops[child]
 
+    def _usable(self, weights: Weights, rejected: Mapping[str, str]) -> int:
+        """Clients that took part and were not left out."""
+        took_part = [client for client, each in weights.items() if each[self.level - 1] > 0]
+        return sum(self.names[client] not in rejected for client in took_part)
+
     def is_void(self, usable: int) -> str | None:
         """Why a round right above clients does not count, if so many updates are too few; None: it does."""
         least = self.recipe.rounds.participation.minimum if self.level == 1 else 1
@@ -279,7 +284,7 @@ class Rounds:
         except AverageError as error:
             raise DivergedError(str(error)) from error
         left = {update.sender for update in updates} - rejected.keys()
-        return Outcome(combined, rejected, len(left), self.is_void(len(left - {self.name})))
+        return Outcome(combined, rejected, len(left), self.is_void(self._usable(weights, rejected)))
 
     def average_hidden(self, words: Words, weights: Weights, due: int, steps: int) -> Outcome:
         """The same of the sum of what clients have added."""
@@ -288,7 +293,7 @@ class Rounds:
         value = self.hiding.mean(words, len(members), self.summed_tensors(steps))
         made = self.average([("the clients' sum", members, value)], weights, due)
         spent = self.hiding.spent(self.participation.rounds_held + 1)
-        return replace(made, updates=len(members), void=self.is_void(len(members)), epsilon=spent)
+        return replace(made, updates=len(members), epsilon=spent)
 
     def _holders(self) -> list[Holder]:
         """What is trained here."""
