@@ -137,7 +137,8 @@ def limits(plan: Plan) -> Limits:
     owners = [None] if recipe.lora.adapters == "shared" else range(next(iter(recipe.split.tiers.values())))
     shapes = [shape for owner in owners for shape in _shapes(plan, owner).values()]
     states = sum(STATES * aligned(math.prod(shape) * _itemsize(recipe)) for shape in shapes)
-    tensors = STATES * len(shapes) + OF_MICRO_BATCH
+    with_frozen = goes_by_rounds(recipe) and recipe.rounds.rule in WITH_FROZEN
+    tensors = (STATES + with_frozen) * len(shapes) + OF_MICRO_BATCH
     if goes_by_rounds(recipe) and recipe.rounds.rule in (*WITH_FROZEN, "flexlora"):  # factors of any rank
         widest = [max(shape) ** 2 * _itemsize(recipe) for shape in _shapes(plan).values()]
         states += sum(map(aligned, widest))

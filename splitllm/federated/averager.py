@@ -14,6 +14,7 @@ from splitllm.federated.outer import Outer, outer_step
 from splitllm.federated.rounds import ADAPTER, Arithmetic, Combined, Tensors, Update
 
 GIVEN = "given/"
+NOT_FINITE = "not finite"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Averager:
         Raises:
             AverageError: none can be used, or the rule does not fit them.
         """
-        rejected = {u.sender: "not finite" for u in updates if not _is_finite(u)}
+        rejected = {u.sender: NOT_FINITE for u in updates if not (math.isfinite(u.weight) and is_finite(u.tensors))}
         rejected |= self._too_large([u for u in updates if u.sender not in rejected])
         left = [update for update in updates if update.sender not in rejected]
         if not left:
@@ -123,8 +124,9 @@ class Averager:
         return Update(update.sender, update.weight, tensors)
 
 
-def _is_finite(update: Update) -> bool:
-    return math.isfinite(update.weight) and all(bool(torch.isfinite(t).all()) for t in update.tensors.values())
+def is_finite(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether all values are."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
 def starting(adapter: Mapping[str, torch.Tensor]) -> Tensors:

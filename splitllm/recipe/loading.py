@@ -106,7 +106,11 @@ def what_leaves_in_a_deployment(recipe: Recipe) -> str:
         return line
     line = f"{line}; the loss and the number of labels of each step and evaluation go up as well"
     if recipe.lora.tiers is None or name in recipe.lora.tiers:
-        out = "one adapter" if recipe.lora.adapters == "shared" else f"an adapter of each {name}"
+        out = (
+            "one adapter"
+            if recipe.lora.adapters == "shared" or goes_by_rounds(recipe)
+            else f"an adapter of each {name}"
+        )
         line += f", and at the end so does the adapter of the {name}: {out} for the whole model comes out at the top"
     return line
 

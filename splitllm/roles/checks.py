@@ -214,6 +214,8 @@ def _round(allowed: Allowed, child: Child, message: Message) -> None:
         fits = _whole(each, 1, 1 << 53) if bounds.level == 1 else are_weights(each, bounds.levels)
         _need(fits, message, f"{bounds.counted} of client {client} that are none")
     _need(are_reports(message.header.get("reports", [])), message, "reports that are none")
+    if bounds.level == 1 and message.header.get("spoiled") is True and not message.tensors:
+        return
     fault = bounds.value_fault(message.step, message.tensors, child.averaged)
     _need(fault is None, message, str(fault))
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from splitllm.data.batching import BatchStream, MicroBatch
+from splitllm.federated.averager import is_finite
 from splitllm.model.joined import Rows
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.trainable import Tensors
@@ -270,7 +271,8 @@ class Client:
             return await self.uplink.request(self.message(kind, (steps, self.index, 0), header, tensors))
 
         if hiding is None:
-            return await ask("round", {"examples": examples}, value)
+            spoiled = not is_finite(value)  # nothing that is not finite travels
+            return await ask("round", {"examples": examples, "spoiled": spoiled}, {} if spoiled else value)
         if not self._takes_part:
             return await ask("round", {"examples": examples}, {})
         words = await self.device.run(lambda: rounds.words(value))

@@ -8,14 +8,14 @@ the top in every round; adapters only to the level that is due (`recipe/rounds.p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from splitllm.errors import AverageError, DivergedError, PeerError
-from splitllm.federated.averager import Averager
+from splitllm.federated.averager import NOT_FINITE, Averager
 from splitllm.federated.factors import LowRank, stacked
 from splitllm.federated.rounds import ADAPTER, FROZEN, A, Arithmetic, B, Combined, Tensors, Update, compact
 from splitllm.model.lora import initial_a
@@ -269,21 +269,37 @@ class Rounds:
                 for holder in members:
                     self._renew(holder, combined.value, due, 0)
 
-    def average(self, children: Iterable[tuple[str, Sequence[int], Tensors]], weights: Weights, due: int) -> Outcome:
+    def average(
+        self,
+        children: Iterable[tuple[str, Sequence[int], Tensors]],
+        weights: Weights,
+        due: int,
+        spoiled: Collection[str] = (),
+    ) -> Outcome:
         """What stands for all that a server has to average; the arguments are those of `updates`.
+
+        Args:
+            children: as there.
+            weights: as there.
+            due: as there.
+            spoiled: children that say that what they have is not finite.
 
         Raises:
             DivergedError: nothing of what came is finite.
         """
         assert self.averager is not None
-        updates = self.updates(children, weights, due)
+        updates, unusable = self.updates(children, weights, due), dict.fromkeys(spoiled, NOT_FINITE)
+        if not updates and unusable:
+            raise DivergedError(
+                f"nothing is left to average ({', '.join(unusable)}: not finite); lower the learning rate"
+            )
         if not updates:
             return Outcome(None, {}, 0, "nobody took part")
         try:
             combined, rejected = self.averager.combine(updates)
         except AverageError as error:
             raise DivergedError(str(error)) from error
-        left = {update.sender for update in updates} - rejected.keys()
+        left, rejected = {update.sender for update in updates} - rejected.keys(), unusable | rejected
         return Outcome(combined, rejected, len(left), self.is_void(self._usable(weights, rejected)))
 
     def average_hidden(self, words: Words, weights: Weights, due: int, steps: int) -> Outcome:

@@ -424,7 +424,8 @@ class Server:
         steps = messages[0].step
         if rounds.hiding is None:
             children = [(m.sender, rounds.clients_in(m), dict(m.tensors)) for m in messages]
-            return rounds.average(children, weights, rounds.due(steps))
+            spoiled = [message.sender for message in messages if message.header.get("spoiled")]
+            return rounds.average(children, weights, rounds.due(steps), spoiled)
         there = [m for m in messages if any(weights[client][0] > 0 for client in rounds.clients_in(m))]
         try:
             words = self._masking.total(there) if rounds.hiding.threshold else rounds.sum_of(there)
