@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -176,9 +177,9 @@ def error_of(average: Average, adapters: Sequence[LowRank], weights: Sequence[fl
     return norm(stacked([exact, average.of(client)], [1.0, -1.0])) / size if size else 0.0
 
 
-def _each(adapters: Sequence[LowRank], reduce: Callable[[torch.Tensor], torch.Tensor]) -> Average:
-    a_RD = reduce(torch.stack([each.a_RD for each in adapters]))
-    b_OR = reduce(torch.stack([each.b_OR for each in adapters]))
+def _each(adapters: Sequence[LowRank], of_all: Callable[[torch.Tensor], torch.Tensor]) -> Average:
+    a_RD = of_all(torch.stack([each.a_RD for each in adapters]))
+    b_OR = of_all(torch.stack([each.b_OR for each in adapters]))
     return Average((LowRank(a_RD, b_OR, adapters[0].scale),) * len(adapters))
 
 
@@ -188,12 +189,12 @@ def _mean(adapters: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
 
 
 def weighted(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """The weighted mean, summed in fp64; of equal tensors the mean is that tensor, to the bit."""
+    """The weighted mean, summed in fp64, in the widest dtype of them; of equal ones it is that tensor, to the bit."""
     if _equal(tensors):
         return tensors[0].clone()
     total = sum(weight * tensor.double() for weight, tensor in zip(weights, tensors, strict=True))
     assert isinstance(total, torch.Tensor)
-    return total.to(tensors[0].dtype)
+    return total.to(reduce(torch.promote_types, (tensor.dtype for tensor in tensors)))
 
 
 def _equal(tensors: Sequence[torch.Tensor]) -> bool:

@@ -14,7 +14,9 @@ from splitllm.federated.outer import Outer, outer_step
 from splitllm.federated.rounds import ADAPTER, Arithmetic, Combined, Tensors, Update
 
 GIVEN = "given/"
-NOT_FINITE = "not finite"
+NOT_FINITE, SQUARES = "not finite", "exp_avg_sq/"
+LARGEST_VALUE = 1e15
+"""Of an update: products of what is larger leave fp32, and no adapter that has not diverged comes near."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Averager:
         Raises:
             AverageError: none can be used, or the rule does not fit them.
         """
-        rejected = {u.sender: NOT_FINITE for u in updates if not (math.isfinite(u.weight) and is_finite(u.tensors))}
+        rejected = {u.sender: why for u in updates if (why := _unusable(u)) is not None}
         rejected |= self._too_large([u for u in updates if u.sender not in rejected])
         left = [update for update in updates if update.sender not in rejected]
         if not left:
@@ -122,6 +124,17 @@ class Averager:
                 tensors[name].dtype
             )
         return Update(update.sender, update.weight, tensors)
+
+
+def _unusable(update: Update) -> str | None:
+    """Why no rule can count with it; None: all can."""
+    if not (math.isfinite(update.weight) and is_finite(update.tensors)):
+        return NOT_FINITE
+    largest = max((float(tensor.abs().max()) for tensor in update.tensors.values() if tensor.numel()), default=0.0)
+    if largest > LARGEST_VALUE:
+        return f"a value of {largest:.3g}"
+    squares = (tensor for name, tensor in update.tensors.items() if name.startswith(SQUARES))
+    return "a square below 0" if any(bool((tensor < 0).any()) for tensor in squares) else None
 
 
 def is_finite(tensors: Mapping[str, torch.Tensor]) -> bool:

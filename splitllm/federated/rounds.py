@@ -102,7 +102,7 @@ class Arithmetic:
 
     def _module(self, module: str, holders: Sequence[Update], value: Tensors) -> float:
         """One module by the rule: the outcome for the group is put into the value; its error."""
-        trained = [update for update in holders if ADAPTER + module + B in update.tensors]
+        trained = [u for u in holders if {ADAPTER + module + A, ADAPTER + module + B} <= u.tensors.keys()]
         added, error = self._frozen_mean(module, holders), 0.0
         if trained:
             share = math.fsum(_share for _share in _shares(holders, trained))
@@ -148,9 +148,9 @@ class Arithmetic:
         """What is no pair of A and B: the one of them that trains alone, moments, DoRA's magnitudes."""
         if key.startswith(STEP):
             return torch.stack(list(tensors)).amax(0)
-        if key.startswith(ADAPTER) and self.rule == "median":
+        if self.rule == "median":
             return middle(torch.stack(list(tensors)))
-        if key.startswith(ADAPTER) and self.rule == "trimmed_mean":
+        if self.rule == "trimmed_mean":
             return trimmed(torch.stack(list(tensors)), self.trim)
         return weighted(tensors, shares)
 

@@ -6,7 +6,9 @@ up to the top.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -135,6 +137,9 @@ def _rule_misfits(recipe: Recipe) -> Iterator[Misfit]:
             f"rounds.outer.name: {rounds.outer.name} steps A and B, which {rule} does not average; use fedavg",
         )
     for key in ("clip_update", "reject_beyond"):
+        if getattr(rounds, key) is not None and lora.dora:
+            what = f"rounds.{key}: measures changes of A and B, and lora.dora trains magnitudes beside them"
+            yield (f"rounds.{key}", "lora.dora"), f"{what}; leave one out"
         if getattr(rounds, key) is not None and rounds.rule not in ONE_SHAPE:
             yield (
                 (f"rounds.{key}", "rounds.rule"),
@@ -165,6 +170,15 @@ def _participation_misfits(recipe: Recipe) -> Iterator[Misfit]:
 def hides(recipe: Recipe) -> bool:
     """Whether clients send words that are summed, masked or with noise to come."""
     return goes_by_rounds(recipe) and (recipe.rounds.secure.aggregate or recipe.rounds.privacy.clip is not None)
+
+
+def asked_at_once(recipe: Recipe, clients: int) -> int:
+    """Of so many clients of a server, how many train until its next round, at most."""
+    some = recipe.rounds.participation
+    if some.policy in ("all", "poisson"):
+        return clients
+    goal = math.ceil(Fraction(str(some.share)) * clients) if some.count is None else some.count
+    return min(max(goal, some.minimum), clients)
 
 
 def _hiding_misfits(recipe: Recipe) -> Iterator[Misfit]:
@@ -207,18 +221,20 @@ def _group_misfits(recipe: Recipe) -> Iterator[Misfit]:
     """Groups that are too small to hide anybody in."""
     secure, wanted = recipe.rounds.secure, recipe.rounds.participation
     counts = [*recipe.split.tiers.values(), 1]
-    fewest = counts[0] // (counts[1] if len(recipe.split.tiers) > 1 else 1)
+    servers = counts[1] if len(recipe.split.tiers) > 1 else 1
+    fewest, most = (asked_at_once(recipe, clients) for clients in (counts[0] // servers, -(-counts[0] // servers)))
     if not secure.aggregate:
         return
     if wanted.policy == "poisson":
         keys: tuple[str, ...] = ("rounds.secure.aggregate", "rounds.participation.policy")
         yield keys, "rounds.secure.aggregate: true with poisson, which may draw fewer than can be hidden; use random"
     if fewest < 2:
-        keys = ("rounds.secure.aggregate", "split.tiers")
+        keys = ("rounds.secure.aggregate", "split.tiers", "rounds.participation.share", "rounds.participation.count")
         yield keys, "rounds.secure.aggregate: true needs two clients or more of each server: one is its own sum"
-    if secure.threshold is not None and not fewest >= secure.threshold > fewest / 2 + 0.5 * (fewest > 2) - 0.5:
+    elif secure.threshold is not None and not fewest >= secure.threshold > most / 2:
         keys = ("rounds.secure.threshold", "split.tiers")
-        yield keys, f"rounds.secure.threshold: {secure.threshold} is not more than half of {fewest} and at most that"
+        why = f"is not more than half of {most}" + (f" and at most {fewest}" if fewest < most else " and at most that")
+        yield keys, f"rounds.secure.threshold: {secure.threshold} {why}"
 
 
 def _checking_misfits(recipe: Recipe) -> Iterator[Misfit]:

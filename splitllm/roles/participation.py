@@ -20,6 +20,8 @@ from splitllm.policy.sampling import Draw
 from splitllm.recipe import Recipe, intervals
 
 COUNTS, HELD, HISTORY = "counts", "held", "history"
+LARGEST_LOSS = 1e6
+"""Mean nats of a label that a client is believed, of what it says itself."""
 
 
 @dataclass
@@ -91,7 +93,8 @@ class Participation:
         for client, (loss, predicted, _) in losses.items():
             if loss is not None and predicted:
                 lesson = self._lessons.setdefault(client, Lesson())
-                lesson.steps, lesson.squares = lesson.steps + 1, lesson.squares + (loss / predicted) ** 2
+                mean = min(abs(loss) / predicted, LARGEST_LOSS)
+                lesson.steps, lesson.squares = lesson.steps + 1, lesson.squares + mean**2
 
     def weights(self, examples: Mapping[int, int]) -> dict[int, list[float]]:
         """What each client counts at each level; 0 if it took no part since the last round there.

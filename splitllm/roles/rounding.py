@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from splitllm.recipe import (
     role_names,
     tier_of,
 )
-from splitllm.recipe.rounds import hides
+from splitllm.recipe.rounds import asked_at_once, hides
 from splitllm.roles.adapters import DTYPES
 from splitllm.roles.hidden import Hiding
 from splitllm.roles.local import Local
@@ -106,10 +105,10 @@ class Rounding:
         server = str(parent_of(recipe, name)) if level == 0 and tiers > 1 else name if tiers > 1 else "coordinator"
         clients = len(clients_below(recipe, server)) if tiers > 1 else len(client_names(recipe))
         secure, private, some = rounds.secure, rounds.privacy, rounds.participation
-        fixed = FixedPoint.finest(private.clip or secure.range, clients, secure.bits)
-        threshold = secure.threshold or max(2, clients // 2 + 1)
+        asked = asked_at_once(recipe, clients)
+        fixed = FixedPoint.finest(private.clip or secure.range, asked, secure.bits)
+        threshold = secure.threshold or max(2, asked // 2 + 1)
         rate = some.share if some.policy == "poisson" else 1.0
-        asked = clients if some.policy == "all" else some.count or some.share * clients
         return Hiding(
             fingerprint(recipe),
             server,
@@ -120,7 +119,7 @@ class Rounding:
             private.noise,
             private.delta,
             rate,
-            asked if some.policy == "poisson" else math.ceil(asked),
+            some.share * clients if some.policy == "poisson" else asked,
         )
 
     def _below(self, name: str, worker: Worker | None) -> dict[int, str]:

@@ -196,8 +196,28 @@ class Rounds:
     def weights_in(self, messages: Sequence[Message]) -> Weights:
         """What every client below counts: worked out right above clients, told further up."""
         if self.participation is not None:
-            return self.participation.weights(self.examples_in(messages))
+            found = self.participation.weights(self.examples_in(messages))
+            return self._of_asked(found, messages[0].step) if self.hiding is not None else found
         return {int(c): list(each) for message in messages for c, each in message.header["weights"].items()}
+
+    def _of_asked(self, weights: Weights, steps: int) -> Weights:
+        """In a sum counts who adds to it: all that are asked now, whoever trained before a round that was void."""
+        assert self.participation is not None
+        asked = self.participation.asked(steps - 1)
+        return {client: [float(client in asked), *each[1:]] for client, each in weights.items()}
+
+    def of_used(self, weights: Weights, messages: Sequence[Message], outcome: Outcome) -> Weights:
+        """What clients count further up: who is not in the average of this server counts nothing there."""
+        if outcome.void or outcome.combined is None:
+            return {client: [0.0] * len(each) for client, each in weights.items()}
+        unused = {c for m in messages if m.sender in outcome.rejected for c in self.clients_in(m)}
+        unused |= {client for client in weights if self.names[client] in outcome.rejected}
+        return {client: [0.0] * len(each) if client in unused else each for client, each in weights.items()}
+
+    def unaveraged(self, messages: Sequence[Message], due: int) -> Tensors:
+        """What goes up, and counts nothing, where there is no average."""
+        came = [dict(m.tensors) for m in messages] if self.hiding is None else [self.summed_tensors(messages[0].step)]
+        return largest([*came, *(self._sent(holder, due) for holder in self._holders())])
 
     def examples_in(self, messages: Sequence[Message]) -> dict[int, int]:
         """Rows of each client, as it says."""
@@ -246,9 +266,12 @@ class Rounds:
     def adapter(self) -> Tensors:
         """What is trained here by its names in an adapter file, and `frozen/NAME`; under rules of any rank scaled.
 
-        Of what more than one holds here, the largest: after a round of all it is the best.
+        Of what more than one holds here, the largest: after a round of all it is the best. Of a client that hides
+        what it trains it is what the last round gave it, should one after that have been void.
         """
-        held = [self.arithmetic.sent(_tensors_of(holder), holder.scale) for holder in self._holders()]
+        hidden = self.hiding is not None and self.level == 0
+        found = [(h.trainable.anchor() if hidden else _tensors_of(h), h.scale) for h in self._holders()]
+        held = [self.arithmetic.sent(tensors, scale) for tensors, scale in found]
         tensors = {name.removeprefix(ADAPTER): t for name, t in largest(held).items()}
         frozen = self.worker.frozen if self.worker is not None else None
         return tensors | (frozen.whole() if frozen is not None else {})
@@ -265,7 +288,10 @@ class Rounds:
             ]
             usable = [update for update in updates if update.weight > 0 and update.tensors]
             if usable and self.averager is not None:
-                combined, _ = self.averager.combine(usable)
+                try:
+                    combined, _ = self.averager.combine(usable)
+                except AverageError as error:
+                    raise DivergedError(str(error)) from error
                 for holder in members:
                     self._renew(holder, combined.value, due, 0)
 
@@ -288,7 +314,8 @@ class Rounds:
             DivergedError: nothing of what came is finite.
         """
         assert self.averager is not None
-        updates, unusable = self.updates(children, weights, due), dict.fromkeys(spoiled, NOT_FINITE)
+        unusable = dict.fromkeys(spoiled, NOT_FINITE)
+        updates = [each for each in self.updates(children, weights, due) if each.sender not in unusable]
         if not updates and unusable:
             raise DivergedError(
                 f"nothing is left to average ({', '.join(unusable)}: not finite); lower the learning rate"
@@ -327,7 +354,7 @@ class Rounds:
         if self.recipe.rounds.moments == "average":
             state = holder.trainable.state()
             value |= {key: t for key, t in state.items() if key.partition("/")[2] in adapter and _is_moment(key)}
-        if self.worker is not None and self.worker.frozen is not None and holder.client is None:
+        if self.worker is not None and self.worker.frozen is not None and self._freezes(holder):
             for module in self.worker.frozen.modules:
                 if module + A in adapter and (added := self._added(module, due)) is not None:
                     value |= {FROZEN + module + A: added.a_RD, FROZEN + module + B: added.b_OR}
@@ -355,7 +382,7 @@ class Rounds:
         anew = self._anew(holder, value, steps)
         reset = self.recipe.rounds.moments == "reset" or bool(anew)
         holder.trainable.renew({**taken, **moments, **anew}, reset=reset)
-        if self.worker is not None and self.worker.frozen is not None and holder.client is None:
+        if self._freezes(holder):
             self._freeze(value, due)
 
     def _anew(self, holder: Holder, value: Mapping[str, torch.Tensor], steps: int) -> Tensors:
@@ -369,6 +396,10 @@ class Rounds:
             tensors[ADAPTER + name] = drawn.to(parameter.device, parameter.dtype)
             tensors[ADAPTER + b_name] = torch.zeros_like(holder.trainable.parameters[b_name])
         return tensors
+
+    def _freezes(self, holder: Holder) -> bool:
+        """Whether what rounds freeze beside this adapter lies here: beside those of a server's clients nothing does."""
+        return self.worker is not None and self.worker.frozen is not None and (holder.client is None or self.level == 0)
 
     def _freeze(self, value: Mapping[str, torch.Tensor], due: int) -> None:
         assert self.worker is not None and self.worker.frozen is not None

@@ -25,7 +25,7 @@ from splitllm.roles.local import Local, LocalStep
 from splitllm.roles.masked import MaskedRounds
 from splitllm.roles.meeting import Meeting
 from splitllm.roles.questions import LossAsk, Upward, labelled
-from splitllm.roles.rounds import Outcome, Rounds, Weights, is_void, largest, outcome_in
+from splitllm.roles.rounds import Outcome, Rounds, Weights, is_void, outcome_in
 from splitllm.roles.runner import Batching, Runner
 from splitllm.roles.together import (
     Crossed,
@@ -400,6 +400,7 @@ class Server:
         if averages:
             made = await self.device.run(lambda: self._average(rounds, messages, weights))
             reports.append(rounds.report(made))
+            weights = rounds.of_used(weights, messages, made)
         else:
             await self.device.run(lambda: rounds.average_groups(weights, due))
         if self.top is None:
@@ -440,9 +441,8 @@ class Server:
         assert self.uplink is not None
         due, own = rounds.due(messages[0].step), None if made.combined is None else made.combined.value
         goes_up = rounds.level < due
-        if goes_up and (made.void or own is None):
-            weights = {client: [0.0] * len(each) for client, each in weights.items()}
-            own = own if own is not None else largest([message.tensors for message in messages])
+        if goes_up and own is None:
+            own = await self.device.run(lambda: rounds.unaveraged(messages, due))
         sent = dict(own) if goes_up and own is not None else {}
         header = {"weights": weights, "reports": reports}
         reply = await self.uplink.request(self.message("round", messages[0].micro_batch, header, sent))

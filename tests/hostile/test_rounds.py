@@ -1,0 +1,184 @@
+"""What a hostile reading of rounds has found."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitllm.errors import RecipeError
+from splitllm.federated.averager import Averager, Limits
+from splitllm.federated.rounds import Arithmetic, Update
+from splitllm.recipe import load_recipe
+from splitllm.roles.participation import Participation
+from splitllm.wire.link import LocalLink
+from splitllm.wire.message import Message
+from tests.roles.test_rounds import LOCAL, TREES, Seen, apart, rounds_in, run, takes_part
+from tests.roles.test_rounds import folder as folder
+from tests.roles.test_rounds import seen as seen
+
+EVERY = [LOCAL, "rounds.cloud_every=2", "rounds.weights=equal"]
+MASKED = "rounds.secure={aggregate: true}"
+FOUR = ["split.tiers={client: 4, cloud: 1}", "split.cuts=[2]", "train.batch_size=1"]
+
+
+@pytest.mark.parametrize("rule", ["fedex", "flora"])
+def test_what_rounds_freeze_beside_adapters_of_clients_own_is_kept(folder: Path, tmp_path: Path, rule: str) -> None:
+    """`common` below the cut is `shared`, where all clients are cut alike."""
+    both = [*TREES["two tiers"], LOCAL, "rounds.cloud_every=2", f"rounds.rule={rule}", "train.clip_norm=null"]
+    shared = run(folder, tmp_path, *both, "lora.adapters=shared", name="shared")
+    common = run(folder, tmp_path, *both, "lora.adapters=common", "train.verify_adapter=true", name="common")
+    first = "base_model.model.transformer.h.0.attn.c_attn"
+    products = [a[f"{first}.lora_B.weight"] @ a[f"{first}.lora_A.weight"] for a in (shared, common)]
+    assert torch.allclose(*products, atol=1e-5)
+
+
+def update(sender: str, value: float | None = None, dtype: torch.dtype = torch.float32) -> Update:
+    shapes = {"adapter/x.lora_A.weight": (2, 5), "adapter/x.lora_B.weight": (4, 2)}
+    make = torch.randn if value is None else (lambda shape: torch.full(shape, value))
+    return Update(sender, 1.0, {name: make(shape).to(dtype) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "fedex", "flora", "flexlora", "hetlora", "median"])
+def test_values_with_which_no_rule_can_count_are_left_out(rule: str) -> None:
+    averager = Averager(Arithmetic(rule, 2.0), Limits(), None, {})
+    made, rejected = averager.combine([update("a"), update("b", 3e38)])
+    assert list(rejected) == ["b"]
+    assert math.isfinite(made.error)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in made.value.values())
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "hetlora"])
+def test_one_narrow_value_makes_no_average_narrow(rule: str) -> None:
+    made = Arithmetic(rule).combine([update("a", dtype=torch.bfloat16), update("b")])
+    assert {tensor.dtype for tensor in made.value.values()} == {torch.float32}
+
+
+def test_half_an_adapter_beside_what_it_was_frozen_into_is_none() -> None:
+    whole = update("a").tensors
+    odd = {"adapter/x.lora_B.weight": whole["adapter/x.lora_B.weight"]}
+    odd |= {name.replace("adapter", "frozen"): tensor for name, tensor in whole.items()}
+    made = Arithmetic("flora").combine([update("b"), Update("a", 1.0, odd)])
+    assert set(made.value) == {"frozen/x.lora_A.weight", "frozen/x.lora_B.weight"}
+
+
+def test_a_client_that_tells_an_absurd_loss_stops_nobody(folder: Path) -> None:
+    recipe = load_recipe(folder / "recipe.yaml", [*TREES["two tiers"], LOCAL, "rounds.cloud_every=2"])
+    kept = Participation(recipe, {0: "client-0"})
+    kept.count({0: 1}, {0: (1e300, 1, 1)})
+
+
+SOME = ["random, count: 2", "random, share: 0.5", "oort, count: 2"]
+
+
+@pytest.mark.parametrize("some", SOME)
+def test_sums_are_masked_among_those_who_are_asked(folder: Path, tmp_path: Path, some: str) -> None:
+    masked = run(folder, tmp_path, *FOUR, *EVERY, MASKED, f"rounds.participation={{policy: {some}}}", name="masked")
+    if "oort" not in some:
+        plain = run(folder, tmp_path, *FOUR, *EVERY, f"rounds.participation={{policy: {some}}}", name="plain")
+        assert apart(plain, masked) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "some", ["random, count: 1, minimum: 2", "random, share: 0.25, minimum: 3", "random, share: 0.5"]
+)
+def test_the_mean_of_clipped_changes_is_over_those_who_are_asked(folder: Path, tmp_path: Path, some: str) -> None:
+    every = [*FOUR, *EVERY, f"rounds.participation={{policy: {some}}}"]
+    plain = run(folder, tmp_path, *every, name="plain")
+    private = run(folder, tmp_path, *every, "rounds.privacy={clip: 100.0}", name="private")
+    assert apart(plain, private) < 1e-4
+
+
+def test_groups_too_small_to_hide_in_are_refused_before_they_run(folder: Path) -> None:
+    for some in (
+        "rounds.participation={policy: random, count: 1}",
+        "rounds.participation={policy: random, share: 0.2}",
+    ):
+        with pytest.raises(RecipeError, match="one is its own sum"):
+            load_recipe(folder / "recipe.yaml", [*FOUR, *EVERY, MASKED, some])
+    two = ["split.tiers={client: 2, cloud: 1}", "split.cuts=[2]", *EVERY]
+    with pytest.raises(RecipeError, match="threshold"):
+        load_recipe(folder / "recipe.yaml", [*two, "rounds.secure={aggregate: true, threshold: 1}"])
+    uneven = ["split.tiers={client: 7, edge: 2, cloud: 1}", "split.cuts=[1, 3]", *EVERY]
+    with pytest.raises(RecipeError, match="threshold"):
+        load_recipe(folder / "recipe.yaml", [*uneven, "rounds.secure={aggregate: true, threshold: 2}"])
+
+
+@pytest.fixture
+def lying(monkeypatch: pytest.MonkeyPatch, seen: Seen) -> dict[int, str]:
+    """Step -> who says something false of its masks at the end of that round."""
+    found, request = dict[int, str](), LocalLink.request
+
+    async def lie(self: LocalLink, message: Message) -> Message:
+        if message.kind == "round" and "said" in message.header and message.step in found:
+            said = message.header["said"]
+            seeds = dict.fromkeys(said["seeds"], f"{0:066x}")
+            message = replace(message, header={**message.header, "said": {**said, "seeds": seeds}})
+        return await request(self, message)
+
+    monkeypatch.setattr(LocalLink, "request", lie)
+    return found
+
+
+def test_after_a_void_round_only_those_who_are_asked_now_add_to_the_sum(
+    folder: Path, tmp_path: Path, seen: Seen, lying: dict[int, str]
+) -> None:
+    lying[2] = "everybody"
+    some = "rounds.participation={policy: random, count: 2}"
+    run(folder, tmp_path, *FOUR, *EVERY, MASKED, some, "train.steps=8")
+    by_step = takes_part(seen)
+    assert by_step[1] != by_step[3], "others are asked after it"
+    assert [report["void"] is None for report in rounds_in(tmp_path / "run")] == [False, True, True, True]
+    assert [report["updates"] for report in rounds_in(tmp_path / "run")] == [0, 2, 2, 2]
+
+
+def test_where_the_last_masked_round_is_void_nobody_hands_in_its_own_adapter(
+    folder: Path, tmp_path: Path, lying: dict[int, str]
+) -> None:
+    """What a client hands in at the end is what the last round gave it."""
+    every = ["split.tiers={client: 3, cloud: 1}", "split.cuts=[2]", *EVERY, MASKED]
+    lying[4] = "everybody"
+    long = run(folder, tmp_path, *every, "train.schedule={name: constant}", name="long")
+    short = run(folder, tmp_path, *every, "train.schedule={name: constant}", "train.steps=2", name="short")
+    of_clients = [name for name in long if ".h.0." in name or ".h.1." in name]
+    assert all(torch.equal(long[name], short[name]) for name in of_clients)
+
+
+def test_who_is_left_out_of_an_average_counts_nowhere_above_it(
+    folder: Path, tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = LocalLink.request
+
+    async def poisoned(self: LocalLink, message: Message) -> Message:
+        if message.kind == "round" and message.sender == "client-1":
+            message = replace(message, tensors={n: torch.full_like(t, math.nan) for n, t in message.tensors.items()})
+        return await request(self, message)
+
+    monkeypatch.setattr(LocalLink, "request", poisoned)
+    run(folder, tmp_path, *TREES["three tiers"], LOCAL, "rounds.edge_every=2", "rounds.cloud_every=4")
+    told = [m.header["weights"] for m, _ in seen.messages if m.sender == "edge-0" and m.step == 4]
+    assert told[0][1] == [0.0, 0.0] and told[0][0] != [0.0, 0.0]
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "median", "trimmed_mean"])
+def test_no_client_s_moments_make_all_steps_nothing(rule: str) -> None:
+    def update(sender: str, moment: float) -> Update:
+        name = "x.lora_A.weight"
+        tensors = {f"adapter/{name}": torch.ones(2, 5), f"exp_avg_sq/{name}": torch.full((2, 5), moment)}
+        return Update(sender, 1.0, tensors)
+
+    averager = Averager(Arithmetic(rule, trim=0.34), Limits(), None, {})
+    made, rejected = averager.combine([update("a", 0.1), update("b", 0.1), update("c", -1e9)])
+    assert rejected == {"c": "a square below 0"}
+    if rule != "fedavg":
+        made, _ = averager.combine([update("a", 0.1), update("b", 0.1), update("c", 1e9)])
+    assert torch.allclose(made.value["exp_avg_sq/x.lora_A.weight"], torch.tensor(0.1))
+
+
+def test_limits_of_changes_are_refused_with_dora_whose_magnitudes_they_do_not_measure(folder: Path) -> None:
+    every = [*TREES["two tiers"], LOCAL, "rounds.cloud_every=4", "lora.dora=true", "rounds.clip_update=0.01"]
+    with pytest.raises(RecipeError, match="magnitudes"):
+        load_recipe(folder / "recipe.yaml", every)
