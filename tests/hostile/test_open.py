@@ -34,7 +34,7 @@ def test_with_poisson_each_client_is_drawn_as_often_as_epsilon_says(folder: Path
 def test_with_rolora_no_client_s_b_is_lost_in_a_void_round(
     folder: Path, tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B trains, that round is void, A trains: then every client still has a B of its own, and client-0's is exported."""
+    """B trains, that round is void, A trains: then each client has a B of its own, and client-0's is exported."""
     request, went = LocalLink.request, list[Message]()
 
     async def poisoned(self: LocalLink, message: Message) -> Message:
