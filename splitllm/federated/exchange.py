@@ -1,0 +1,168 @@
+"""The edge's side of rounds that another engine runs: it offers what it has trained, and waits for the outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from splitllm.errors import PeerError
+from splitllm.federated.parcels import LENGTHS, Parcel, lengths, parsed, place
+from splitllm.federated.pooling import Rules, unviewed, viewed
+from splitllm.federated.rounds import Tensors
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A round that is due: what may be taken, and where its outcome is awaited."""
+
+    step: int
+    parcel: Parcel
+    outcome: asyncio.Future[Tensors]
+
+
+class Exchange:
+    """A socket on this machine at which an engine of rounds takes values and gives outcomes.
+
+    Who may connect may also take: a Unix socket is its owner's alone, a port is open to every user of the machine.
+
+    Args:
+        address: `unix:PATH` or `127.0.0.1:PORT`.
+        rules: by which the recipe averages; the same at all edges.
+    """
+
+    def __init__(self, address: str, rules: Rules) -> None:
+        self.address, self.rules = address, rules
+        self._due: _Due | None = None
+        self._given = -1
+        self._over = False
+        self._changed = asyncio.Event()
+
+    async def __aenter__(self) -> Exchange:
+        """Listen.
+
+        Raises:
+            OSError: the address cannot be listened on.
+            PeerError: it is not on this machine.
+        """
+        where = place(self.address)
+        if isinstance(where, tuple):
+            self._server = await asyncio.start_server(self._serve, *where)
+            return self
+        with contextlib.suppress(FileNotFoundError):
+            Path(where).unlink()  # of a process that was killed
+        mask = os.umask(0o177)
+        try:
+            self._server = await asyncio.start_unix_server(self._serve, where)
+        finally:
+            os.umask(mask)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the address."""
+        self._server.close()
+
+    async def average(
+        self, step: int, weight: float, value: Mapping[str, torch.Tensor], *, last: bool = False
+    ) -> Tensors:
+        """Offer a value and wait for the outcome of the round.
+
+        A round that was cancelled may be held again, also one whose outcome has come.
+
+        Args:
+            step: the steps that are done; more than in the round before. 0 is no round: all edges offer what they
+                start from, and get it back, where `rules` look at changes.
+            weight: of this edge; 0: it takes the outcome and counts nothing.
+            value: as `Rounds.value` names it.
+            last: whether this is the last round of the run.
+
+        Returns:
+            The outcome, on the CPU, of all that was offered; it is finite and its shapes are not checked.
+        """
+        views, bfloat16 = viewed(value)
+        about = {"step": step, "weight": weight, "last": last, "rules": self.rules.text(), "bfloat16": bfloat16}
+        due = _Due(step, Parcel(about, save(views)), asyncio.get_running_loop().create_future())
+        self._due, self._given = due, min(self._given, step - 1)
+        self._wake()
+        try:
+            return await due.outcome
+        finally:
+            if self._due is due:
+                self._due = None
+
+    def finish(self) -> None:
+        """Say that there will be no more rounds, where the last was not offered as such; who asks is told so."""
+        self._over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            question = await _read(reader)
+            try:
+                answer = await self._answer(question)
+            except PeerError as error:
+                answer = Parcel({"error": str(error)})
+            writer.write(answer.packed())
+            await writer.drain()
+        except (OSError, EOFError, PeerError):
+            pass  # who has gone, or speaks something else, is owed nothing
+        finally:
+            writer.close()
+
+    async def _answer(self, question: Parcel) -> Parcel:
+        match question.values.get("call"):
+            case "take":
+                return await self._take()
+            case "give":
+                await self._give(question.values.get("step"), question)
+                return Parcel({})
+            case other:
+                raise PeerError(f"call {other!r} is unknown; the calls are take and give")
+
+    async def _take(self) -> Parcel:
+        while not self._over and self._due is None:
+            await self._changed.wait()
+        return self._due.parcel if self._due is not None else Parcel({"over": True})
+
+    async def _give(self, step: object, parcel: Parcel) -> None:
+        if not isinstance(step, int):
+            raise PeerError(f"step is {step!r}; expected a number")
+        outcome = _checked(parcel)
+        while self._due is None and step > self._given:
+            await self._changed.wait()  # a round that was cancelled will be held again
+        if step <= self._given:
+            return  # it has this outcome already
+        assert self._due is not None
+        if step != self._due.step:
+            raise PeerError(f"an outcome of step {step}, and the round of step {self._due.step} is due")
+        due, self._due, self._given = self._due, None, step
+        if not due.outcome.done():
+            due.outcome.set_result(outcome)
+
+
+async def _read(reader: asyncio.StreamReader) -> Parcel:
+    text, tensors = lengths(await reader.readexactly(LENGTHS.size))
+    return parsed(await reader.readexactly(text), await reader.readexactly(tensors))
+
+
+def _checked(parcel: Parcel) -> Tensors:
+    """An outcome that can be read, of finite numbers."""
+    try:
+        outcome = unviewed(load(parcel.tensors), parcel.values.get("bfloat16", []))
+    except SafetensorError as error:
+        raise PeerError(f"the outcome cannot be read ({error}); expected safetensors") from error
+    for name, tensor in outcome.items():
+        if not (tensor.is_floating_point() and bool(torch.isfinite(tensor).all())):
+            raise PeerError(f"the outcome has nothing of use as {name}; see which edge diverged")
+    return outcome

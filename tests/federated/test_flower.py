@@ -1,0 +1,70 @@
+"""Rounds by Flower: a real SuperLink and SuperNodes on loopback between edge processes. Part of `make test-flower`."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.federated.edge import WEIGHTS, undisturbed
+from tests.federated.flowers import Flowers
+
+pytest.importorskip("flwr", reason="needs the extra flower: make test-flower")
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture
+def flowers(tmp_path: Path) -> Iterator[Flowers]:
+    with Flowers(tmp_path / "flowers") as started:
+        yield started
+
+
+def through(flowers: Flowers) -> bool:
+    return "through: " in flowers.log("run")
+
+
+def assert_undisturbed(flowers: Flowers, rounds: int) -> None:
+    for name, wanted in undisturbed(rounds).items():
+        found = load_file(flowers.result(name))
+        assert found.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            assert found[key].dtype == tensor.dtype
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=0)
+
+
+def test_edges_end_with_what_our_own_engine_gives(flowers: Flowers) -> None:
+    for name in WEIGHTS:
+        flowers.edge(name, rounds=3)
+        flowers.node(f"node-of-{name}", name)
+    flowers.run()
+    flowers.wait(lambda: through(flowers))
+    assert_undisturbed(flowers, rounds=3)
+    assert "through: 3 rounds of 2 edges" in flowers.log("run")
+    assert [flowers.stop(name) for name in ("node-of-edge-0", "node-of-edge-1", "link")] == [0, 0, -signal.SIGTERM]
+
+
+def test_a_node_that_is_killed_and_an_edge_that_starts_late_change_nothing(flowers: Flowers) -> None:
+    flowers.edge("edge-0", rounds=3)
+    for name in WEIGHTS:
+        flowers.node(f"node-of-{name}", name)
+    flowers.run()
+    flowers.wait(lambda: "Start `flwr-clientapp` process" in flowers.log("node-of-edge-0"))
+    flowers.stop("node-of-edge-0", signal.SIGKILL)
+    flowers.edge("edge-1", rounds=3)
+    flowers.node("another-of-edge-0", "edge-0")
+    flowers.wait(lambda: through(flowers), 240)
+    assert_undisturbed(flowers, rounds=3)
+
+
+def test_a_run_ends_after_as_many_rounds_as_are_configured(flowers: Flowers) -> None:
+    for name in WEIGHTS:
+        flowers.edge(name, rounds=2)
+        flowers.node(f"node-of-{name}", name)
+    flowers.run("run", "--run-config", "rounds=2")
+    flowers.wait(lambda: through(flowers))
+    flowers.wait(lambda: all(flowers.result(name).exists() for name in WEIGHTS), 10)
+    assert_undisturbed(flowers, rounds=2)
