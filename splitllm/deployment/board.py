@@ -16,7 +16,7 @@ from splitllm.metrics import Metrics, replace_text
 from splitllm.model.lora import adapter_shapes
 from splitllm.model.trainable import Tensors
 from splitllm.recipe import client_names, dump_recipe, lora_of, what_leaves_in_a_deployment
-from splitllm.roles.server import StepSums
+from splitllm.roles.server import Reports, StepSums
 from splitllm.running.outcome import RECIPE
 from splitllm.running.places import ADAPTER, adapter_folders
 from splitllm.running.results import export_of, renew, summary_of
@@ -123,6 +123,10 @@ class LaneRecord:
         self.evaluations = {record["step"]: (record["loss"], record["labels"]) for record in mine if record["loss"]}
         self._since = time.perf_counter()
         return any(record["step"] == step for record in mine)
+
+    def averaged(self, steps: int, reports: Reports) -> None:
+        """Lanes hold no rounds."""
+        raise AssertionError((steps, reports))
 
     def stepped(self, step: int, sums: StepSums) -> None:
         """A step is about to be committed; one whose gradients are not finite changes nothing, and is said."""

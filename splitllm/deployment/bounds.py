@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +13,25 @@ from splitllm.model.memory import activation_bytes, recomputed_bytes, work_of
 from splitllm.preflight import Plan
 from splitllm.recipe import (
     Recipe,
+    averaged_blocks,
     children_of,
     client_cuts,
     client_names,
     clients_below,
+    goes_by_rounds,
     holders,
+    intervals,
+    level_due,
     lora_of,
     own_blocks,
     sharing,
+    side_that_trains,
     tenant_blocks,
     tier_of,
 )
+from splitllm.recipe.rounds import ONE_SHAPE, WITH_FROZEN
 from splitllm.roles.checks import Allowed, Child
+from splitllm.roles.round_checks import RoundBounds
 from splitllm.roles.worker import TENANT
 from splitllm.wire.assembling import Limits
 from splitllm.wire.frames import aligned
@@ -48,7 +55,7 @@ def allowed(plan: Plan, name: str, client: int | None = None) -> Allowed:
     held = {role: held_by(plan, role, clients) for role in _subtree(recipe, name, clients)}
     children = [child for child in children_of(recipe, name) if child in held]
     return Allowed(
-        children={child: _child(recipe, child, clients, held) for child in children},
+        children={child: _child(plan, child, clients, held) for child in children},
         steps=recipe.train.steps,
         accumulate=recipe.train.accumulate,
         rows=recipe.train.batch_size,
@@ -59,6 +66,23 @@ def allowed(plan: Plan, name: str, client: int | None = None) -> Allowed:
         packed=recipe.data.pack,
         double=recipe.model.dtype == "float64",
         tiers={sharing(recipe, role): each.together for role, each in held.items()},
+        rounds=_round_bounds(recipe, name),
+    )
+
+
+def _round_bounds(recipe: Recipe, name: str) -> RoundBounds | None:
+    if not goes_by_rounds(recipe):
+        return None
+    rule = recipe.rounds.rule
+    return RoundBounds(
+        levels=len(intervals(recipe)),
+        level=tier_of(recipe, name)[0],
+        due=lambda steps: level_due(recipe, steps),
+        side=lambda step: side_that_trains(recipe, step),
+        any_rank=rule not in ONE_SHAPE,
+        frozen=rule in WITH_FROZEN,
+        anew=rule == "flora",
+        moments=recipe.rounds.moments == "average",
     )
 
 
@@ -81,11 +105,12 @@ def held_by(plan: Plan, name: str, clients: Collection[int]) -> Held:
     """What a role holds, of the own adapters those of these clients."""
     recipe, layers = plan.recipe, plan.config.num_hidden_layers
     (start, stop), own, counts = plan.role_bounds[name], own_blocks(recipe, layers), holders(recipe, layers)
-    shapes = _shapes(plan)
+    tier, index = tier_of(recipe, name)
+    shapes = _shapes(plan, index if tier == 0 and goes_by_rounds(recipe) else None)
     blocks = {tensor: block_of(plan.config, in_model(tensor)) for tensor in shapes}
     together = {t: shapes[t] for t, block in blocks.items() if start <= block < stop and block not in own}
     first = {client: start for client in clients_below(recipe, name) if client in clients}
-    if tier_of(recipe, name)[0] > 0:
+    if tier > 0:
         cuts = client_cuts(recipe)
         first = {client: max(start, cuts[client]) for client in first}
     mine = {client: _within(_shapes(plan, client), blocks, own, lowest, stop) for client, lowest in first.items()}
@@ -111,6 +136,9 @@ def limits(plan: Plan) -> Limits:
     shapes = [shape for owner in owners for shape in _shapes(plan, owner).values()]
     states = sum(STATES * aligned(math.prod(shape) * _itemsize(recipe)) for shape in shapes)
     tensors = STATES * len(shapes) + OF_MICRO_BATCH
+    if goes_by_rounds(recipe) and recipe.rounds.rule in (*WITH_FROZEN, "flexlora"):  # factors of any rank
+        widest = [max(shape) ** 2 * _itemsize(recipe) for shape in _shapes(plan).values()]
+        states += sum(map(aligned, widest))
     return Limits(payload_bytes=max(micro_batch_bytes(plan), states), tensors=tensors)
 
 
@@ -141,8 +169,9 @@ def _itemsize(recipe: Recipe) -> int:
     return 8 if recipe.model.dtype == "float64" else 4
 
 
-def _child(recipe: Recipe, name: str, clients: Collection[int], held: Mapping[str, Held]) -> Child:
+def _child(plan: Plan, name: str, clients: Collection[int], held: Mapping[str, Held]) -> Child:
     """What a child speaks for: itself, and the roles below it that these clients' branches go through."""
+    recipe = plan.recipe
     names, roles = client_names(recipe), _subtree(recipe, name, clients)
     below = [held[role] for role in roles]
     together = {tensor: shape for each in below for tensor, shape in each.together.items()}
@@ -151,14 +180,27 @@ def _child(recipe: Recipe, name: str, clients: Collection[int], held: Mapping[st
     for each in below:
         for client, tensors in each.own.items():
             own.setdefault(client, {}).update(tensors)
+    everything = _largest([each.together for each in below] + list(own.values())) if goes_by_rounds(recipe) else {}
+    averaged = averaged_blocks(recipe, plan.config.num_hidden_layers)
+    each_steps = frozenset(role for role in roles if held[role].together)
     return Child(
         clients={number: names[number] for number in clients_below(recipe, name) if number in clients},
         roles={role: sharing(recipe, role) for role in roles},
         summed={tensor: shape for tensor, shape in together.items() if tensor in summed},
-        normed=frozenset(together.keys() - summed),
+        normed=each_steps if goes_by_rounds(recipe) else frozenset(together.keys() - summed),
         own={client: len(tensors) for client, tensors in own.items()},
-        adapter=together | {f"{TENANT}{c}/{t}": shape for c, tensors in own.items() for t, shape in tensors.items()},
+        adapter=everything
+        or together | {f"{TENANT}{c}/{t}": shape for c, tensors in own.items() for t, shape in tensors.items()},
+        averaged={t: s for t, s in everything.items() if block_of(plan.config, in_model(t)) in averaged},
     )
+
+
+def _largest(parts: Sequence[Mapping[str, torch.Size]]) -> dict[str, torch.Size]:
+    """The shape of each tensor where it is largest."""
+    whole: dict[str, torch.Size] = {}
+    for name, shape in (entry for part in parts for entry in part.items()):
+        whole[name] = max(whole.get(name, shape), shape, key=math.prod)
+    return whole
 
 
 def _subtree(recipe: Recipe, name: str, clients: Collection[int]) -> list[str]:

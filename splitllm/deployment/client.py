@@ -16,6 +16,7 @@ from splitllm.recipe import Recipe, tier_of, what_leaves_in_a_deployment
 from splitllm.roles.assembly import names_rows
 from splitllm.roles.client import Client, StepReport
 from splitllm.roles.generation import Begun
+from splitllm.roles.rounds import Rounds
 from splitllm.roles.together import state_in
 from splitllm.wire.uplink import RemoteLink
 
@@ -50,8 +51,11 @@ async def _attend(station: Station) -> None:
         told = await stop.unless_asked(station.welcomed(uplink))
         blocks = f"{told.shard[0]}..{told.shard[1] - 1}"
         logger.info("cut", extra={"fields": {"blocks": blocks, "batch size": told.batch_size}})
-        past = Past(station, journal, await stop.unless_asked(station.load(told)))
-        await _until_complete(Member(station, _client(station, past, uplink, told), past, stop), past, stop)
+        worker = await stop.unless_asked(station.load(told))
+        rounds = station.assembly().rounds(station.name, 0, worker, {})
+        past = Past(station, journal, worker, exported=None if rounds is None else rounds.adapter)
+        client = _client(station, past, uplink, told, rounds)
+        await _until_complete(Member(station, client, past, stop), past, stop)
         complete = True
     except DivergedError as error:
         await tell_above(uplink, station.name, error, tier_of(station.recipe, station.name)[1])
@@ -173,7 +177,7 @@ class Member:
         logger.info("step", extra={"fields": {**fields, "bytes_up": traffic.up, "bytes_down": traffic.down}})
 
 
-def _client(station: Station, past: Past, uplink: RemoteLink, told: Told) -> Client:
+def _client(station: Station, past: Past, uplink: RemoteLink, told: Told, rounds: Rounds | None) -> Client:
     recipe, index = station.recipe, tier_of(station.recipe, station.name)[1]
     corpus, batch_size = station.plan.corpus, told.batch_size
     return Client(
@@ -189,6 +193,8 @@ def _client(station: Station, past: Past, uplink: RemoteLink, told: Told) -> Cli
         in_flight=told.in_flight,
         schedule=station.schedule,
         name_rows=names_rows(recipe),
+        local=station.assembly().rounding.local({}),
+        rounds=rounds,
         device=station.device,
         commit=past.commit,
     )

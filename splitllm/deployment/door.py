@@ -103,7 +103,10 @@ def _gate(
 ) -> Gate:
     recipe, name = station.recipe, station.name
     kept = (record.values, record.put_back) if record is not None else ()
-    past = Past(station, journal, worker, *kept, held=held, speaks_for=batching.runner.worker)
+    entries = entries_of(recipe, name)
+    rounds = station.assembly().rounds(name, station.tier, worker, entries)
+    exported = None if rounds is None else rounds.adapter
+    past = Past(station, journal, worker, *kept, held=held, speaks_for=batching.runner.worker, exported=exported)
     children = children_of(recipe, name)
     if client != EVERYBODY:
         children = [child for child in children if client in clients_below(recipe, child)]
@@ -112,9 +115,11 @@ def _gate(
         children,
         worker,
         uplink=uplink,
-        top=station.assembly().top(record.stepped) if record is not None else None,
+        top=station.assembly().top(record.stepped, record.averaged) if record is not None else None,
         summed=station.assembly().summed(worker),
-        entries=entries_of(recipe, name),
+        entries=entries,
+        local=station.assembly().rounding.local(entries),
+        rounds=rounds,
         schedule=station.schedule,
         batching=batching,
         traffic=uplink.of_client[client] if uplink is not None and client != EVERYBODY else None,

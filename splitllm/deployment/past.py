@@ -36,6 +36,7 @@ class Past:
         put_back: takes those values when the role goes back.
         held: what its worker trains in common with others that go at their own pace.
         speaks_for: whose memory its closing words tell, where that is not `worker`: of a lane the whole server's.
+        exported: the role's part of the adapter where that is not what its worker's state holds.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class Past:
         *,
         held: Held | None = None,
         speaks_for: Worker | None = None,
+        exported: Callable[[], Tensors] | None = None,
     ) -> None:
         self.journal, self.worker, self._shares = journal, worker, sharing(station.recipe, station.name)
         self._values, self._put_back, self._speaks_for = values, put_back, speaks_for or worker
-        self._held, self._lock, self._returns = held, threading.Lock(), 0
+        self._held, self._lock, self._returns, self._exported = held, threading.Lock(), 0, exported
         if not self.journal.steps():
             self._keep(0, start_digest(station.recipe))
 
@@ -107,6 +109,8 @@ class Past:
 
     def adapter(self) -> Tensors:
         """The role's part of the adapter."""
+        if self._exported is not None:
+            return self._exported()
         return adapter_in(self.state()) | (self._held.common.adapter() if self._held is not None else {})
 
     def final_adapter(self) -> Tensors:

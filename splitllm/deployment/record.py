@@ -13,11 +13,11 @@ from splitllm.deployment.station import Station
 from splitllm.errors import DivergedError
 from splitllm.metrics import Metrics, replace_text
 from splitllm.recipe import dump_recipe, what_leaves_in_a_deployment
-from splitllm.roles.server import StepSums
+from splitllm.roles.server import Reports, StepSums
 from splitllm.roles.together import Tensors
 from splitllm.running.outcome import RECIPE
 from splitllm.running.places import ADAPTER
-from splitllm.running.results import export, summary_of
+from splitllm.running.results import export, log_round, summary_of
 from splitllm.running.state import Totals
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,13 @@ class Record:
         }
         self._metrics.log("train", **fields, clients=len(sums.losses))
         logger.info("step", extra={"fields": {**fields, "clients": len(sums.losses)}})
+
+    def averaged(self, steps: int, reports: Reports) -> None:
+        """A round was held after so many steps."""
+        log_round(self._metrics, steps, reports)
+        for report in reports:
+            level = logging.WARNING if report["rejected"] else logging.INFO
+            logger.log(level, "round", extra={"fields": {"step": steps, **report}})
 
     def evaluated(self, step: int, losses: Mapping[int, Any]) -> None:
         """Every client has told its loss over its held-out rows.

@@ -78,7 +78,7 @@ class Frozen:
         """From now on rounds of a level have added this, and lower ones nothing."""
         levels = {other: held for other, held in self._by_level[module].items() if other > level}
         if factors is not None:
-            a_RD, b_OR = (factor.to(self._device) for factor in factors)
+            a_RD, b_OR = (factor.to(self._device, copy=True) for factor in factors)
             levels[level] = a_RD, b_OR
         self._by_level[module] = levels
         self._join(module)

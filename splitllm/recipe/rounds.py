@@ -68,6 +68,7 @@ def rounds_misfits(recipe: Recipe) -> Iterator[Misfit]:
         return
     yield from _interval_misfits(recipe)
     yield from _rule_misfits(recipe)
+    yield from _checking_misfits(recipe)
     yield from _elsewhere_misfits(recipe)
 
 
@@ -123,6 +124,14 @@ def _rule_misfits(recipe: Recipe) -> Iterator[Misfit]:
     if rounds.moments == "average" and rounds.rule not in ONE_SHAPE:
         why = "averages moments of A and B that are of one shape"
         yield ("rounds.moments", "rounds.rule"), f"rounds.moments: average {why}, unlike {rule}; use keep or reset"
+
+
+def _checking_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    own_ranks = any(own.rank for own in recipe.lora.clients.values())
+    if recipe.train.verify_adapter and own_ranks and recipe.rounds.rule in ("flexlora", "hetlora"):
+        why = "compares one adapter with clients that hold as much of it as their ranks allow"
+        keys = ("train.verify_adapter", "rounds.rule", "lora.clients")
+        yield keys, f"train.verify_adapter: true {why}; use false, or rounds.rule: flora"
 
 
 def _mixed(recipe: Recipe) -> bool:

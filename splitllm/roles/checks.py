@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from splitllm.errors import PeerError
+from splitllm.roles.round_checks import FLOATS, RoundBounds, are_reports, are_weights
 from splitllm.roles.together import ADAPTER_SLOT, LARGEST_NORM, SLOTS, is_loss, is_number
 from splitllm.wire.message import Message
 
 MOST_KEPT = 16  # states that a role may say it kept
 LONGEST_ORIGIN = 40  # characters
 LONGEST_WORDS = 300  # characters
-FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Child:
         summed: adapter tensors held there whose gradients are summed over roles -> shape.
         normed: names of the others that are trained together.
         own: client -> how many tensors of its own adapter are held there.
-        adapter: what is held there of the adapter -> shape; a client's own tensors behind `tenant/CLIENT/`.
+        adapter: what is held there of the adapter -> shape; a client's own tensors behind `tenant/CLIENT/`, but with
+            rounds, after which all have the same.
+        averaged: those that rounds average, by their names in an adapter file -> shape.
     """
 
     clients: Mapping[int, str]
@@ -41,6 +43,7 @@ class Child:
     normed: frozenset[str]
     own: Mapping[int, int]
     adapter: Mapping[str, torch.Size]
+    averaged: Mapping[str, torch.Size] = field(default_factory=dict)
 
     @property
     def tiers(self) -> set[str]:
@@ -64,6 +67,7 @@ class Allowed:
         packed: whether rows may carry position ids.
         double: whether values may be of fp64.
         tiers: those who can exchange their states -> their adapter tensors that are trained together -> shape.
+        rounds: what is allowed in them; None: there are none.
     """
 
     children: Mapping[str, Child]
@@ -77,6 +81,7 @@ class Allowed:
     packed: bool
     double: bool
     tiers: Mapping[str, Mapping[str, torch.Size]]
+    rounds: RoundBounds | None = None
 
     def check(self, message: Message) -> None:
         """Look at a request.
@@ -197,16 +202,32 @@ def _close(_allowed: Allowed, child: Child, message: Message) -> None:
     _need(pairs, message, "bytes that are no pairs of numbers")
 
 
+def _round(allowed: Allowed, child: Child, message: Message) -> None:
+    bounds, weights = allowed.rounds, _mapping(message, "weights")
+    _need(bounds is not None and bounds.due(message.step) > 0, message, f"step {message.step}, where no round is due")
+    assert bounds is not None
+    for client, each in weights.items():
+        _need(_is_client(client, child), message, f"weights of client {client[:20]!r}, which is not below it")
+        _need(are_weights(each, bounds.levels), message, f"weights of client {client} that are none")
+    _need(are_reports(message.header.get("reports", [])), message, "reports that are none")
+    fault = bounds.value_fault(message.step, message.tensors, child.averaged)
+    _need(fault is None, message, str(fault))
+
+
 def _evaluated(_allowed: Allowed, child: Child, message: Message) -> None:
     _losses(child, message)
 
 
-def _finish(_allowed: Allowed, child: Child, message: Message) -> None:
+def _finish(allowed: Allowed, child: Child, message: Message) -> None:
     words = _mapping(message, "roles")
     _need(set(words) <= set(child.roles), message, "closing words of roles that are not below it")
     for said in words.values():
         fits = isinstance(said, dict) and len(said) <= 16 and all(is_number(value) for value in said.values())
         _need(fits, message, "closing words that are no numbers")
+    if allowed.rounds is not None:
+        fault = allowed.rounds.adapter_fault(message.tensors, child.adapter)
+        _need(fault is None, message, str(fault))
+        return
     _need(set(message.tensors) == set(child.adapter), message, "not the adapter that is held there")
     for name, shape in child.adapter.items():
         _floats(message, name, shape)
@@ -218,7 +239,7 @@ def _diverged(_allowed: Allowed, _child: Child, message: Message) -> None:
     _need(fits, message, "words that are no line")
 
 
-_WITH_TENSORS = frozenset({"share", "forward", "backward", "close", "finish"})
+_WITH_TENSORS = frozenset({"share", "forward", "backward", "close", "round", "finish"})
 _CHECKS: dict[str, Callable[[Allowed, Child, Message], None]] = {
     "join": _join,
     "share": _share,
@@ -226,6 +247,7 @@ _CHECKS: dict[str, Callable[[Allowed, Child, Message], None]] = {
     "forward": _forward,
     "backward": _backward,
     "close": _close,
+    "round": _round,
     "evaluated": _evaluated,
     "finish": _finish,
     "diverged": _diverged,

@@ -23,6 +23,7 @@ from splitllm.roles.meeting import Meeting
 from splitllm.roles.order import Order
 from splitllm.roles.parts import Part, part_of
 from splitllm.roles.recovery import Decision, Standing, decide, standings_from_json
+from splitllm.roles.rounds import largest
 from splitllm.roles.runner import Batching
 from splitllm.roles.server import Server
 from splitllm.roles.together import Tensors, state_in
@@ -230,7 +231,8 @@ class Gate:
             for child, message in joined.items()
         }
         self.server.begin(members, begun.number)
-        self._order = Order(begun.decision.step)
+        rounds = self.allowed.rounds
+        self._order = Order(begun.decision.step, lambda steps: rounds is not None and rounds.due(steps) > 0)
         self._meetings = {
             "share": Meeting(members, self._share),
             "evaluated": Meeting(members, self._evaluated),
@@ -315,11 +317,11 @@ class Gate:
 
     async def _finish(self, messages: list[Message]) -> Callable[[Message], Message]:
         """The adapters of all below go up, of replicas one, and of every role its closing words."""
-        adapter, words = Tensors(), dict[str, Any]()
+        words = dict[str, Any]()
         for message in messages:
-            adapter.update(message.tensors)
             words.update(message.header["roles"])
-        adapter.update(await self.server.device.run(self.past.final_adapter))
+        mine = await self.server.device.run(self.past.final_adapter)
+        adapter = largest([*(message.tensors for message in messages), mine])
         words[self.server.name] = self.past.closing_words()
         if self.summit is not None:
             summit = self.summit

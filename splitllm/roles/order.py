@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from splitllm.errors import PeerError
@@ -14,10 +14,12 @@ class Order:
 
     Args:
         step: from which the generation goes on.
+        round_due: whether a round ends the step after which so many are done.
     """
 
-    def __init__(self, step: int) -> None:
-        self._step, self._is_open = step, False
+    def __init__(self, step: int, round_due: Callable[[int], bool] = lambda steps: False) -> None:
+        self._step, self._is_open, self._round_due = step, False, round_due
+        self._owes_round = set[str]()
         self._asking: dict[str, str] = {}
 
     @contextmanager
@@ -36,6 +38,10 @@ class Order:
             yield
         finally:
             del self._asking[message.sender]
+        if message.kind == "round":
+            self._owes_round.discard(message.sender)
+        if message.kind == "close" and self._round_due(message.step + 1):
+            self._owes_round.add(message.sender)
         if message.kind in ("open", "close"):
             self._is_open = message.kind == "open"
             self._step = message.step + (not self._is_open)
@@ -47,5 +53,9 @@ class Order:
         due = 0 if kind == "share" else self._step
         if step != due:
             raise PeerError(f"{sender} sent {kind} of step {step}, where {due} is due")
+        if (kind == "round") != (sender in self._owes_round):
+            raise PeerError(f"{sender} sent {kind}, where {'a' if kind != 'round' else 'no'} round is due")
+        if kind == "round":
+            return
         if (kind == "close") != self._is_open:
             raise PeerError(f"{sender} sent {kind}, but step {due} is {'' if self._is_open else 'not '}open")

@@ -72,6 +72,7 @@ _CHECKS: dict[str, Callable[[Part, Message], None]] = {
     "share": _share,
     "open": _of_clients("labels"),
     "close": _close,
+    "round": _of_clients("weights"),
     "evaluated": _of_clients("losses"),
 }
 

@@ -289,7 +289,7 @@ def _alike(
 ) -> bool:
     """Whether a tensor of an outcome is of a shape that it can have."""
     place, _, bare = name.partition("/")
-    own = sent.get(ADAPTER + bare)
+    own = sent.get(ADAPTER + bare, sent.get(FROZEN + bare))
     if f"{place}/" == ADAPTER and not arithmetic.any_rank:
         return found.shape == like.shape
     if f"{place}/" in (ADAPTER, FROZEN):

@@ -28,6 +28,7 @@ from splitllm.roles.device import Inline
 from splitllm.roles.gate import Gate
 from splitllm.roles.generation import Summit
 from splitllm.roles.recovery import Standing
+from splitllm.roles.rounds import Rounds
 from splitllm.roles.server import Server, StepSums
 from splitllm.roles.together import Tensors
 from splitllm.roles.worker import Worker
@@ -52,8 +53,8 @@ class TickLoop(asyncio.SelectorEventLoop):
 class Past:
     """What a role keeps when its process is killed: its last two commits."""
 
-    def __init__(self, tier: str, worker: Worker) -> None:
-        self.tier, self.worker = tier, worker
+    def __init__(self, tier: str, worker: Worker, rounds: Rounds | None) -> None:
+        self.tier, self.worker, self.rounds, self.finished = tier, worker, rounds, False
         self.kept: dict[int, Tensors] = {}
         self.origins: dict[int, str] = {}
         self._keep(0, "new")
@@ -83,7 +84,7 @@ class Past:
         return self.worker.state()
 
     def adapter(self) -> Tensors:
-        return adapter_in(self.state())
+        return adapter_in(self.state()) if self.rounds is None else self.rounds.adapter()
 
     def final_adapter(self) -> Tensors:
         return self.adapter()
@@ -93,6 +94,7 @@ class Past:
 
     def mark_finished(self) -> None:
         assert self.kept
+        self.finished = True
 
     def scramble(self) -> None:
         """A new process knows nothing."""
@@ -194,7 +196,9 @@ class Tree:
 
     def _past(self, name: str) -> Past:
         tier, index = tier_of(self.recipe, name)
-        return Past(sharing(self.recipe, name), self.assembly.worker(tier, index))
+        worker = self.assembly.worker(tier, index)
+        rounds = self.assembly.rounds(name, tier, worker, entries_of(self.recipe, name) if tier else {})
+        return Past(sharing(self.recipe, name), worker, rounds)
 
     async def delay(self) -> None:
         """As a network is: others go first."""
@@ -247,6 +251,8 @@ class Tree:
             top=self.assembly.top(self._observe) if parent is None else None,
             summed=self.assembly.summed(past.worker),
             entries=entries_of(self.recipe, name),
+            local=self.assembly.rounding.local(entries_of(self.recipe, name)),
+            rounds=past.rounds,
             batching=batching_of(self.recipe, past.worker, Inline()),
             schedule=self.schedule,
             commit=past.commit,
@@ -256,16 +262,29 @@ class Tree:
         patience = None if self.patience is None else self.patience * tier
         if name not in self.allowed:
             self.allowed[name] = allowed(self.plan, name)
-        process.gate = Gate(server, past, self.allowed[name], summit=summit, patience=patience)
+        ended = self.recipe.train.steps if past.finished and parent is not None else None
+        process.gate = Gate(server, past, self.allowed[name], summit=summit, patience=patience, finished_at=ended)
         if parent is not None:
-            process.spawn(self._leave(process))
+            process.spawn(self._leave(process, lingers=ended is None))
 
-    async def _leave(self, process: Process) -> None:
-        """An edge says goodbye when all its children have."""
+    async def _leave(self, process: Process, *, lingers: bool) -> None:
+        """An edge says goodbye when all its children have; one that comes back after the end, when it has waited."""
         assert process.gate is not None
         await process.gate.finished.wait()
-        await process.gate.all_left.wait()
+        if lingers:
+            await process.gate.all_left.wait()
+        else:
+            await self._waited(process)
         self._goodbye(process)
+
+    async def _waited(self, process: Process) -> None:
+        """Until it connects, and a while longer."""
+        parent = parent_of(self.recipe, process.name)
+        while self.running.get(str(parent)) is None:
+            await asyncio.sleep(0)
+        self.connect(process, self.running[str(parent)])
+        for _ in range(500):
+            await asyncio.sleep(0)
 
     def _goodbye(self, process: Process) -> None:
         above = self.running.get(parent_of(self.recipe, process.name) or "")
@@ -289,6 +308,8 @@ class Tree:
             accumulate=train.accumulate,
             in_flight=train.in_flight,
             schedule=self.schedule,
+            local=self.assembly.rounding.local({}),
+            rounds=past.rounds,
             commit=past.commit,
         )
         station = SimpleNamespace(recipe=self.recipe, device=Inline())
