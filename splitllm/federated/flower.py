@@ -9,7 +9,9 @@ Flower starts a process for every message to a client, so nothing here loads tor
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -171,9 +173,27 @@ def _count(config: Mapping[str, Any], key: str, least: int) -> int:
 
 
 def _content(about: Mapping[str, Any], arrays: Arrays) -> RecordDict:
-    tensors = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-    return RecordDict({"about": ConfigRecord(dict(about)), "tensors": tensors})
+    """One array for each dtype, end to end: Flower takes several requests for every array."""
+    table: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name, array in arrays.items():
+        table.setdefault(str(array.dtype), []).append((name, array.shape))
+    whole = {kind: np.concatenate([arrays[name].ravel() for name, _ in names]) for kind, names in table.items()}
+    tensors = ArrayRecord({kind: Array(array) for kind, array in whole.items()})
+    return RecordDict({"about": ConfigRecord({**about, "table": json.dumps(table)}), "tensors": tensors})
 
 
 def _arrays(message: Message) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: array.numpy() for name, array in message.content.array_records["tensors"].items()}
+    """What `_content` was given.
+
+    Raises:
+        PeerError: the message holds something else.
+    """
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    try:
+        for kind, names in json.loads(message.content.config_records["about"]["table"]).items():
+            whole = message.content.array_records["tensors"][kind].numpy()
+            parts = np.split(whole, np.cumsum([math.prod(shape) for _, shape in names])[:-1])
+            found |= {name: part.reshape(shape) for (name, shape), part in zip(names, parts, strict=True)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise PeerError(f"a message of a round cannot be read ({error}); use the same splitllm everywhere") from error
+    return found
