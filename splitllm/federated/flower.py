@@ -86,10 +86,10 @@ def run(grid: Grid, context: Context) -> None:
             break
         waited, began = time.monotonic() - began, time.monotonic()
         asking.outcomes, told = pooling.outcomes(offers)
-        done += 1
+        done += step > 0
         took = time.monotonic() - began
         log.info("round %d after %d steps: %s; %.1f s for the edges, %.2f s here", done, step, told, waited, took)
-        through = done == rounds or all(offer.last for offer in offers.values())
+        through = 0 < rounds <= done or all(offer.last for offer in offers.values())
     if through:
         asking.ask(last=True)
     log.info("through: %d rounds of %d edges", done, edges)
@@ -120,12 +120,20 @@ class _Asking:
         asked: dict[str, int] = {}
         while not self.calling.complete:
             due = self.calling.due(list(self._grid.get_node_ids()), time.monotonic())
-            sent = self._grid.push_messages([self._question(node, last) for node in due]) if due else []
-            asked.update(zip(sent, due, strict=True))
+            asked |= self._sent([self._question(node, last) for node in due], due)
             for reply in self._grid.pull_messages(list(asked)) if asked else ():
                 self._take_in(asked.pop(reply.metadata.reply_to_message_id), reply, offers)
             time.sleep(POLL_SECONDS)
         return offers
+
+    def _sent(self, questions: list[Message], nodes: list[int]) -> dict[str, int]:
+        """Message -> the node that has been sent it."""
+        numbers: list[str | None] = list(self._grid.push_messages(questions)) if questions else []
+        if len(numbers) < len(nodes):
+            raise PeerError("the SuperLink takes no outcome of this size; lower the rank, or average with fedavg")
+        for node in [node for number, node in zip(numbers, nodes, strict=True) if number is None]:
+            log.warning(self.calling.failed(node, "the SuperLink did not take its message", time.monotonic()))
+        return {number: node for number, node in zip(numbers, nodes, strict=True) if number is not None}
 
     def _question(self, node: int, last: bool) -> Message:
         edge = self.calling.names.get(node)
