@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 from tests.processes import ROOT, free_port
 
@@ -49,6 +52,10 @@ class Flowers:
     ) -> None:
         for name in list(self.running):
             self.stop(name, signal.SIGKILL)
+        for process in psutil.process_iter():  # a ServerApp may outlive its SuperLink
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("FLWR_HOME") == self._env["FLWR_HOME"]:
+                    process.kill()
 
     def edge(self, name: str, rounds: int) -> None:
         """The process of an edge."""
