@@ -35,6 +35,14 @@ class AverageError(SplitLLMError, ValueError):
     """Adapters cannot be averaged by this rule; the message says which could."""
 
 
+class PrivacyError(SplitLLMError, ValueError):
+    """What is asked for would not hide what it should: a sum could wrap, a group is too small, a library is missing."""
+
+
+class VoidRoundError(SplitLLMError, RuntimeError):
+    """Too few took part in a round: it has no outcome, nothing was changed, and it can be repeated."""
+
+
 class CertificateError(SplitLLMError, ValueError):
     """A certificate or its key is missing, malformed, out of date, of another name or of another authority."""
 

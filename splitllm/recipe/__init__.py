@@ -34,7 +34,6 @@ from splitllm.recipe.roles import (
 from splitllm.recipe.rounds import (
     goes_by_rounds,
     intervals,
-    last_round,
     level_due,
     side_that_trains,
 )
@@ -84,7 +83,6 @@ __all__ = [
     "holders",
     "host_and_port",
     "intervals",
-    "last_round",
     "level_due",
     "load_recipe",
     "lora_of",

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from splitllm.errors import RecipeError
 from splitllm.recipe.problems import explain, locations
+from splitllm.recipe.rounds import goes_by_rounds
 from splitllm.recipe.schema import Recipe
 from splitllm.recipe.text import apply_overrides, read_mapping
 
@@ -77,14 +78,17 @@ def what_leaves_the_device(recipe: Recipe) -> str:
     (name, count), *above = recipe.split.tiers.items()
     trains = recipe.lora.tiers is None or name in recipe.lora.tiers
     if not above:
+        if count > 1 and trains and goes_by_rounds(recipe):
+            return f"only its adapter leaves each {name}, in rounds: {count} of them train the whole model in place"
         if count > 1 and trains:
             return f"only adapter gradients leave each {name}: the whole model is trained in place on {count} of them"
         return "nothing leaves the device: the whole model is trained in place"
     cuts = sorted({recipe.split.cuts[0], *recipe.split.client_cuts.values()})
     leaving = [f"activations at the cut (block {' or '.join(map(str, cuts))})"]
     if trains:
-        together = count > 1 and recipe.lora.adapters == "shared"
+        together = count > 1 and recipe.lora.adapters == "shared" and not goes_by_rounds(recipe)
         leaving.append("gradients of its adapter" if together else "the norms of its adapter's gradients")
+        leaving += ["its adapter in rounds"] if goes_by_rounds(recipe) else []
     if recipe.split.labels == "cloud":
         leaving.append("the lengths and labelled positions of rows")
         return f"{_listed(leaving)} leave the {name}, and so do the target token ids, which are text"

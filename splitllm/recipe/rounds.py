@@ -44,12 +44,6 @@ def level_due(recipe: Recipe, steps: int) -> int:
     return max((level for level, every in enumerate(intervals(recipe), 1) if steps % every == 0), default=0)
 
 
-def last_round(recipe: Recipe, steps: int, level: int) -> int:
-    """The steps after which the round before was held at a level, of one that is held after `steps`; 0: none was."""
-    every = intervals(recipe)[level - 1]
-    return (steps - 1) // every * every
-
-
 def side_that_trains(recipe: Recipe, step: int) -> str | None:
     """Which of the matrices A and B trains in a step, where it is one of them alone.
 
@@ -68,6 +62,7 @@ def rounds_misfits(recipe: Recipe) -> Iterator[Misfit]:
         return
     yield from _interval_misfits(recipe)
     yield from _rule_misfits(recipe)
+    yield from _participation_misfits(recipe)
     yield from _checking_misfits(recipe)
     yield from _elsewhere_misfits(recipe)
 
@@ -124,6 +119,23 @@ def _rule_misfits(recipe: Recipe) -> Iterator[Misfit]:
     if rounds.moments == "average" and rounds.rule not in ONE_SHAPE:
         why = "averages moments of A and B that are of one shape"
         yield ("rounds.moments", "rounds.rule"), f"rounds.moments: average {why}, unlike {rule}; use keep or reset"
+
+
+def _participation_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    wanted, key = recipe.rounds.participation, "rounds.participation"
+    clients, servers, *_ = [*recipe.split.tiers.values(), 1]
+    fewest = clients // (servers if len(recipe.split.tiers) > 1 else 1)
+    if wanted.policy == "all" and (wanted.share != 1.0 or wanted.count is not None):
+        keys: tuple[str, ...] = (f"{key}.policy", f"{key}.share", f"{key}.count")
+        yield keys, f"{key}.policy: all takes no share or count; use random, poisson or oort, or leave them out"
+    if wanted.count is not None and (wanted.share != 1.0 or wanted.policy == "poisson"):
+        keys = (f"{key}.count", f"{key}.share", f"{key}.policy")
+        yield keys, f"{key}.count: {wanted.count} beside a share, or with poisson, which has none; use share alone"
+    for name in ("count", "minimum"):
+        value = getattr(wanted, name)
+        if value is not None and value > fewest:
+            keys = (f"{key}.{name}", "split.tiers")
+            yield keys, f"{key}.{name}: {value} is more than the {fewest} clients of a server; use at most {fewest}"
 
 
 def _checking_misfits(recipe: Recipe) -> Iterator[Misfit]:

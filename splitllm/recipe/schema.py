@@ -26,6 +26,7 @@ from splitllm.recipe.kinds import (
     Positive,
     Probability,
     Seed,
+    Share,
     Sources,
     Switch,
     Targets,
@@ -211,6 +212,15 @@ class OuterRecipe(Section):
     tau: Positive = 1.0e-3
 
 
+class ParticipationRecipe(Section):
+    """Which clients of a server train until its next round: all, or some that a policy draws, and how many."""
+
+    policy: Literal["all", "random", "poisson", "oort"] = "all"
+    share: Share = 1.0
+    count: Count | None = None
+    minimum: Count = 1
+
+
 class RoundsRecipe(Section):
     """Replicas that train adapters of their own, and when and how those are averaged. Intervals are in steps.
 
@@ -228,6 +238,7 @@ class RoundsRecipe(Section):
     trim: Fraction = 0.1
     clip_update: Positive | None = None
     reject_beyond: Positive | None = None
+    participation: ParticipationRecipe = Field(default_factory=ParticipationRecipe)
 
 
 class WireRecipe(Section):

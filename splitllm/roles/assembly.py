@@ -12,7 +12,6 @@ from transformers import get_scheduler
 
 from splitllm.data.batching import BatchStream, eval_batches
 from splitllm.data.corpus import Corpus
-from splitllm.federated.averager import Averager
 from splitllm.model.frozen import Frozen
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import block_of, in_model
@@ -39,7 +38,7 @@ from splitllm.roles.client import Client
 from splitllm.roles.continuous import Continuous
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.rounding import Rounding
-from splitllm.roles.rounds import Rounds, largest
+from splitllm.roles.rounds import Kept, Rounds, largest
 from splitllm.roles.runner import Batching, Runner
 from splitllm.roles.server import Counts, LossWeights, Reports, Server, StepSums, Top, unobserved, unobserved_round
 from splitllm.roles.together import ADAPTER_SLOT
@@ -73,7 +72,7 @@ class Roles:
     links: dict[str, list[LocalLink]] = field(default_factory=dict)
     local: bool = False
     rounds: list[Rounds] = field(default_factory=list)
-    coordinator: Averager | None = None
+    coordinator: Kept | None = None
     reports: Reports = field(default_factory=list)
 
     def traffic(self) -> Traffic:
@@ -210,7 +209,8 @@ class Assembly:
         level = tier_of(self.recipe, name)[0] if worker is not None else 1
         rounds = self.rounds(name, level, worker, entries)
         if worker is None and rounds is not None:
-            self.roles.coordinator = rounds.averager
+            assert rounds.averager is not None
+            self.roles.coordinator = Kept(rounds.averager, rounds.participation)
         return Server(
             name,
             children,

@@ -143,7 +143,8 @@ def _open(allowed: Allowed, child: Child, message: Message) -> None:
     _need(bool(labels), message, "no label counts")
     for client, counts in labels.items():
         _need(_is_client(client, child), message, f"label counts of client {client[:20]!r}, which is not below it")
-        fits = isinstance(counts, list) and 1 <= len(counts) <= allowed.accumulate
+        least = 0 if allowed.rounds is not None and allowed.rounds.level > 1 else 1  # who takes no part has none
+        fits = isinstance(counts, list) and least <= len(counts) <= allowed.accumulate
         _need(fits, message, f"label counts that are no list of at most {allowed.accumulate}")
         most = allowed.rows * allowed.length
         _need(all(_whole(count, 0, most) for count in counts), message, "label counts beyond its rows")
@@ -182,13 +183,14 @@ def _backward(allowed: Allowed, _child: Child, message: Message) -> None:
     _floats(message, "gradient_ND", (shape[0], allowed.width))
 
 
-def _close(_allowed: Allowed, child: Child, message: Message) -> None:
+def _close(allowed: Allowed, child: Child, message: Message) -> None:
     norms, own = _mapping(message, "norms"), _mapping(message, "own")
     _need(set(norms) == child.normed, message, "not the norms that are due")
     _need(all(map(_is_norm, norms.values())), message, "squared norms that are none")
     for client, each in own.items():
         _need(_is_client(client, child), message, f"norms of client {client[:20]!r}, which is not below it")
-        fits = isinstance(each, list) and len(each) == child.own.get(int(client)) and all(map(_is_norm, each))
+        counts = {child.own.get(int(client)), 0 if allowed.rounds is not None else None}
+        fits = isinstance(each, list) and len(each) in counts and all(map(_is_norm, each))
         _need(fits, message, f"not the norms that are due of client {client}")
     _need(set(message.tensors) == set(child.summed), message, "not the gradients that are due")
     for name, shape in child.summed.items():
@@ -203,12 +205,13 @@ def _close(_allowed: Allowed, child: Child, message: Message) -> None:
 
 
 def _round(allowed: Allowed, child: Child, message: Message) -> None:
-    bounds, weights = allowed.rounds, _mapping(message, "weights")
+    bounds = allowed.rounds
     _need(bounds is not None and bounds.due(message.step) > 0, message, f"step {message.step}, where no round is due")
     assert bounds is not None
-    for client, each in weights.items():
-        _need(_is_client(client, child), message, f"weights of client {client[:20]!r}, which is not below it")
-        _need(are_weights(each, bounds.levels), message, f"weights of client {client} that are none")
+    for client, each in _mapping(message, bounds.counted).items():
+        _need(_is_client(client, child), message, f"{bounds.counted} of client {client[:20]!r}, which is not below it")
+        fits = _whole(each, 1, 1 << 53) if bounds.level == 1 else are_weights(each, bounds.levels)
+        _need(fits, message, f"{bounds.counted} of client {client} that are none")
     _need(are_reports(message.header.get("reports", [])), message, "reports that are none")
     fault = bounds.value_fault(message.step, message.tensors, child.averaged)
     _need(fault is None, message, str(fault))

@@ -19,7 +19,7 @@ from splitllm.model.randomness import MicroBatchId
 from splitllm.roles.closing import Closing, Settled, apply
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.local import Local
-from splitllm.roles.rounds import Rounds, outcome_in
+from splitllm.roles.rounds import Rounds, is_void, outcome_in
 from splitllm.roles.together import (
     Crossed,
     answered,
@@ -117,6 +117,9 @@ class Client:
         if self.rounds is not None:
             self.rounds.begin(step)
         weight = await self._open(ids, [batch.labels for batch in batches])
+        if weight is None:  # others take part in this step
+            self.worker.expect([])
+            return replace(StepReport(0.0, 0, 0), norm=await self._close(ids[0], StepReport(0.0, 0, 0), 0.0))
         room = asyncio.Semaphore(self.in_flight)
 
         async def run(micro_batch: MicroBatchId, batch: MicroBatch) -> float:
@@ -145,10 +148,12 @@ class Client:
         """A request of this client in the generation that it is in."""
         return Message(kind, self.name, micro_batch, header or {}, tensors or {}, self.generation)
 
-    async def _open(self, ids: Sequence[MicroBatchId], labels: list[int]) -> float:
-        """Announce the step's label counts; learn what one nat of this client's loss weighs."""
+    async def _open(self, ids: Sequence[MicroBatchId], labels: list[int]) -> float | None:
+        """Announce the step's label counts; learn what one nat of this client's loss weighs, if it is to take part."""
         self.worker.expect(ids)
         reply = await self.uplink.request(self.message("open", ids[0], {"labels": {self.index: labels}}))
+        if self.rounds is not None and not answered(reply, "takes_part", lambda value: isinstance(value, bool)):
+            return None
         return weights_in(reply, [self.index])[self.index]
 
     async def _train(self, micro_batch: MicroBatchId, batch: MicroBatch, weight: float) -> float:
@@ -249,12 +254,8 @@ class Client:
     async def _round(self, rounds: Rounds, steps: int, due: int) -> None:
         """Send what it has, go on from the average."""
         value = await self.device.run(lambda: rounds.value(due))
-        weights = {self.index: rounds.weight(self._labels, len(self.stream), steps)}
-        message = self.message("round", (steps, self.index, 0), {"weights": weights}, value)
-        outcome = outcome_in(await self.uplink.request(message), value, rounds.arithmetic)
-        await self.device.run(lambda: rounds.take(outcome, due, steps))
-
-    def _labels(self, start: int, stop: int) -> int:
-        """That it trained on in these steps."""
-        batches = range(start * self.accumulate, stop * self.accumulate)
-        return sum(self.stream.take(number).labels for number in batches)
+        header = {"examples": {self.index: len(self.stream)}}
+        reply = await self.uplink.request(self.message("round", (steps, self.index, 0), header, value))
+        if not is_void(reply):
+            outcome = outcome_in(reply, value, rounds.arithmetic)
+            await self.device.run(lambda: rounds.take(outcome, due, steps))

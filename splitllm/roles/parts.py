@@ -68,11 +68,15 @@ def _close(part: Part, message: Message) -> None:
     _need(not odd, message, f"norms of clients {sorted(odd)}, which take no part")
 
 
+def _round(part: Part, message: Message) -> None:
+    _of_clients("examples" if "examples" in message.header else "weights")(part, message)
+
+
 _CHECKS: dict[str, Callable[[Part, Message], None]] = {
     "share": _share,
     "open": _of_clients("labels"),
     "close": _close,
-    "round": _of_clients("weights"),
+    "round": _round,
     "evaluated": _of_clients("losses"),
 }
 

@@ -41,6 +41,11 @@ class RoundBounds:
     anew: bool
     moments: bool
 
+    @property
+    def counted(self) -> str:
+        """What children say of each client: rows that it has, or further up what it counts at each level."""
+        return "examples" if self.level == 1 else "weights"
+
     def value_fault(self, steps: int, tensors: Mapping[str, torch.Tensor], averaged: Shapes) -> str | None:
         """What is wrong with a value, in words that follow `sent round with`; None: nothing.
 
@@ -120,11 +125,12 @@ def are_reports(value: Any) -> bool:
 
 
 def _is_report(value: Any) -> bool:
-    keys = {"role", "level", "updates", "error", "frozen_rank", "rejected"}
+    keys = {"role", "level", "updates", "error", "frozen_rank", "rejected", "void"}
     if not isinstance(value, dict) or value.keys() != keys or not _is_line(value["role"]):
         return False
     rejected = value["rejected"]
-    said = isinstance(rejected, dict) and all(_is_line(n) and _is_line(why) for n, why in rejected.items())
+    void = value["void"] is None or _is_line(value["void"])
+    said = void and isinstance(rejected, dict) and all(_is_line(n) and _is_line(why) for n, why in rejected.items())
     return said and all(is_number(value[key]) for key in ("level", "updates", "error", "frozen_rank"))
 
 

@@ -20,17 +20,20 @@ from splitllm.recipe import (
     LoraRecipe,
     Recipe,
     averaged_blocks,
+    children_of,
     client_names,
     clients_below,
     goes_by_rounds,
     intervals,
     lora_of,
+    role_bounds,
     role_names,
     tier_of,
 )
 from splitllm.roles.adapters import DTYPES
 from splitllm.roles.local import Local
-from splitllm.roles.rounds import Rounds
+from splitllm.roles.participation import Participation
+from splitllm.roles.rounds import Kept, Rounds
 from splitllm.roles.worker import Worker
 
 
@@ -66,8 +69,9 @@ class Rounding:
         if not goes_by_rounds(self.recipe):
             return None
         averager = self._averager(top=level == len(intervals(self.recipe))) if level else None
-        if worker is not None:
-            worker.averager = averager
+        participation = Participation(self.recipe, self._below(name, worker)) if level == 1 else None
+        if worker is not None and averager is not None:
+            worker.kept = Kept(averager, participation)
         client = tier_of(self.recipe, name)[1] if level == 0 else None
         return Rounds(
             self.recipe,
@@ -82,7 +86,21 @@ class Rounding:
             entries=entries,
             groups=self._groups(name, level) if worker is not None else {},
             names=client_names(self.recipe),
+            stops=self._stops(name, level, worker),
+            participation=participation,
         )
+
+    def _below(self, name: str, worker: Worker | None) -> dict[int, str]:
+        """The clients below a role; below a coordinator all."""
+        names = dict(enumerate(client_names(self.recipe)))
+        return names if worker is None else {client: names[client] for client in clients_below(self.recipe, name)}
+
+    def _stops(self, name: str, level: int, worker: Worker | None) -> dict[str, int]:
+        if not level:
+            return {}
+        bounds = role_bounds(self.recipe, self.config.num_hidden_layers)
+        children = client_names(self.recipe) if worker is None else children_of(self.recipe, name)
+        return {child: bounds[child][1] for child in children}
 
     def _lora(self, client: int | None) -> LoraRecipe:
         return self.recipe.lora if client is None else lora_of(self.recipe, client)

@@ -14,16 +14,19 @@ from typing import Any
 
 import torch
 
-from splitllm.errors import PeerError
+from splitllm.errors import AverageError, DivergedError, PeerError
 from splitllm.federated.averager import Averager
 from splitllm.federated.factors import LowRank, stacked
 from splitllm.federated.rounds import ADAPTER, FROZEN, A, Arithmetic, B, Combined, Tensors, Update, compact
 from splitllm.model.lora import initial_a
 from splitllm.model.trainable import Trainable
-from splitllm.recipe import Recipe, intervals, last_round, level_due, side_that_trains
+from splitllm.recipe import Recipe, level_due, side_that_trains
+from splitllm.roles.participation import Participation
+from splitllm.roles.together import answered
 from splitllm.roles.worker import Worker
 from splitllm.wire.message import Message
 
+PART = "participation/"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 Weights = dict[int, list[float]]
 """Client -> how much it counts at each level, lowest first."""
@@ -46,6 +49,42 @@ class Holder:
     client: int | None = None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Of an average.
+
+    Attributes:
+        combined: None where nothing came that could be averaged.
+        rejected: who was left out -> why.
+        updates: that were averaged.
+        void: why it does not count; None: it does.
+    """
+
+    combined: Combined | None
+    rejected: Mapping[str, str]
+    updates: int
+    void: str | None = None
+
+
+@dataclass
+class Kept:
+    """What a server keeps of rounds beside its adapter."""
+
+    averager: Averager
+    participation: Participation | None
+
+    def state(self) -> Tensors:
+        """All that a resumed run needs."""
+        taking_part = self.participation.state() if self.participation is not None else {}
+        return self.averager.state() | {PART + key: tensor for key, tensor in taking_part.items()}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Be as a `state()` tells."""
+        self.averager.load({key: tensor for key, tensor in tensors.items() if not key.startswith(PART)})
+        if self.participation is not None:
+            self.participation.load({k.removeprefix(PART): t for k, t in tensors.items() if k.startswith(PART)})
+
+
 @dataclass
 class Rounds:
     """One role's part.
@@ -63,6 +102,8 @@ class Rounds:
         entries: client -> the first block that it runs here.
         groups: level below -> the clients of each group that averages there.
         names: of the clients, by number.
+        stops: role right below -> the block after the last that it holds.
+        participation: of a server right above clients.
     """
 
     recipe: Recipe
@@ -77,6 +118,8 @@ class Rounds:
     entries: Mapping[int, int] = field(default_factory=dict)
     groups: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)
     names: Sequence[str] = ()
+    stops: Mapping[str, int] = field(default_factory=dict)
+    participation: Participation | None = None
 
     def due(self, steps: int) -> int:
         """The highest level that averages after so many steps, or 0."""
@@ -122,19 +165,49 @@ class Rounds:
         if self.averager is not None:
             self.averager.handed_out(value)
 
+    def weights_in(self, messages: Sequence[Message]) -> Weights:
+        """What every client below counts: worked out right above clients, told further up."""
+        if self.participation is not None:
+            return self.participation.weights(self.examples_in(messages))
+        return {int(c): list(each) for message in messages for c, each in message.header["weights"].items()}
+
+    def examples_in(self, messages: Sequence[Message]) -> dict[int, int]:
+        """Rows of each client, as it says."""
+        return {int(c): int(rows) for message in messages for c, rows in message.header["examples"].items()}
+
+    def clients_in(self, message: Message) -> list[int]:
+        """Those below a child."""
+        return [int(c) for c in message.header["examples" if self.level == 1 else "weights"]]
+
     def settled(self, value: Tensors) -> Tensors:
         """What is handed out for the average of the level that is due: at the top, where its optimizer steps to."""
         return value if self.averager is None else self.averager.settle(value)
 
-    def report(self, combined: Combined, rejected: Mapping[str, str], children: int) -> dict[str, Any]:
+    def report(self, outcome: Outcome) -> dict[str, Any]:
         """What is told of an average."""
-        ranks = [t.shape[0] for name, t in combined.value.items() if name.startswith(FROZEN) and name.endswith(A)]
-        said = {"role": self.name, "level": self.level, "updates": children, "error": combined.error}
-        return {**said, "frozen_rank": max(ranks, default=0), "rejected": dict(rejected)}
+        value = {} if outcome.combined is None else outcome.combined.value
+        ranks = [t.shape[0] for name, t in value.items() if name.startswith(FROZEN) and name.endswith(A)]
+        return {
+            "role": self.name,
+            "level": self.level,
+            "updates": outcome.updates,
+            "error": 0.0 if outcome.combined is None else outcome.combined.error,
+            "frozen_rank": max(ranks, default=0),
+            "rejected": dict(outcome.rejected),
+            "void": outcome.void,
+        }
 
-    def concerns(self, name: str, sent: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a tensor of an outcome is of an adapter tensor that was sent."""
-        return any(place + name.partition("/")[2] in sent for place in (ADAPTER, FROZEN))
+    def concerns(self, name: str, child: str) -> bool:
+        """Whether a tensor of an outcome is of a block that a child or somebody below it holds."""
+        return self.block(name.partition("/")[2]) < self.stops[child]
+
+    def is_void(self, updates: Sequence[Update], rejected: Mapping[str, str]) -> str | None:
+        """Why a round right above clients does not count, if so many updates are too few; None: it does."""
+        senders = {update.sender for update in updates} - rejected.keys() - {self.name}
+        least = self.recipe.rounds.participation.minimum if self.level == 1 else 1
+        if len(senders) >= least:
+            return None
+        return f"{len(senders)} usable updates, where rounds.participation.minimum is {least}"
 
     def adapter(self) -> Tensors:
         """What is trained here by its names in an adapter file, and `frozen/NAME`; under rules of any rank scaled.
@@ -162,18 +235,22 @@ class Rounds:
                 for holder in members:
                     self._renew(holder, combined.value, due, 0)
 
-    def weight(self, labels: Callable[[int, int], int], examples: int, steps: int) -> list[float]:
-        """What a client counts at each level.
+    def average(self, children: Iterable[tuple[str, Sequence[int], Tensors]], weights: Weights, due: int) -> Outcome:
+        """What stands for all that a server has to average; the arguments are those of `updates`.
 
-        Args:
-            labels: from a step to another -> labels that it trained on.
-            examples: rows that it has.
-            steps: that are done.
+        Raises:
+            DivergedError: nothing of what came is finite.
         """
-        levels, by = range(1, len(intervals(self.recipe)) + 1), self.recipe.rounds.weights
-        if by == "tokens":
-            return [float(labels(last_round(self.recipe, steps, level), steps)) for level in levels]
-        return [float(examples) if by == "examples" else 1.0 for _ in levels]
+        assert self.averager is not None
+        updates = self.updates(children, weights, due)
+        if not updates:
+            return Outcome(None, {}, 0, "nobody took part")
+        try:
+            combined, rejected = self.averager.combine(updates)
+        except AverageError as error:
+            raise DivergedError(str(error)) from error
+        left = {update.sender for update in updates} - rejected.keys()
+        return Outcome(combined, rejected, len(left), self.is_void(updates, rejected))
 
     def _holders(self) -> list[Holder]:
         """What is trained here."""
@@ -278,6 +355,16 @@ def outcome_in(reply: Message, sent: Mapping[str, torch.Tensor], arithmetic: Ari
         if not _alike(name, found, like if mine is None else mine, sent, arithmetic):
             raise PeerError(f"{reply.sender} answered round with {list(found.shape)} as {name}")
     return value
+
+
+def is_void(reply: Message) -> bool:
+    """Whether a round does not count, so that everybody goes on with what it has.
+
+    Raises:
+        PeerError: the answer does not say.
+    """
+    void: bool = answered(reply, "void", lambda value: isinstance(value, bool))
+    return void
 
 
 def _adapters(sent: Mapping[str, torch.Tensor]) -> Tensors:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from splitllm.errors import PeerError
-from splitllm.federated.rounds import Combined
 from splitllm.model.common import Gift
 from splitllm.model.joined import Rows
 from splitllm.model.randomness import MicroBatchId
@@ -25,7 +24,7 @@ from splitllm.roles.device import Device, Inline
 from splitllm.roles.local import Local, LocalStep
 from splitllm.roles.meeting import Meeting
 from splitllm.roles.questions import LossAsk, Upward, labelled
-from splitllm.roles.rounds import Rounds, Weights, outcome_in
+from splitllm.roles.rounds import Outcome, Rounds, Weights, is_void, largest, outcome_in
 from splitllm.roles.runner import Batching, Runner
 from splitllm.roles.together import (
     Crossed,
@@ -170,6 +169,8 @@ class Server:
             return await self._opening.join(message)
         if message.kind == "close":
             self._check_done(message)
+            if self.rounds is not None and self.rounds.participation is not None:
+                self.rounds.participation.closed(message.micro_batch[1])
             return await self._closing.join(message)
         if message.kind == "round":
             return await self._rounding.join(message)
@@ -194,8 +195,10 @@ class Server:
     async def _open(self, messages: list[Message]) -> Callable[[Message], Message]:
         counts: Counts = {}
         step, due = messages[0].step, dict[MicroBatchId, str]()
+        asked = self._asked(step)
         for message in messages:
             own = {int(client): list(labels) for client, labels in message.header["labels"].items()}
+            own = {client: labels if asked is None or client in asked else [] for client, labels in own.items()}
             ids = [MicroBatchId(step, client, index) for client, labels in own.items() for index in range(len(labels))]
             due.update(dict.fromkeys(ids, message.sender))
             counts.update(own)
@@ -209,8 +212,21 @@ class Server:
             self.worker.expect(list(due))
             self.batching.expect(list(due))
             self._due, self._begun = due, set()
-        header = {"weights": self._weights}
-        return lambda message: self.message("open", message.micro_batch, header)
+        header: dict[str, Any] = {"weights": self._weights}
+
+        def reply(message: Message) -> Message:
+            here = asked is None or any(int(client) in asked for client in message.header["labels"])
+            told = header if self.rounds is None else {**header, "takes_part": here}
+            return self.message("open", message.micro_batch, told)
+
+        return reply
+
+    def _asked(self, step: int) -> frozenset[int] | None:
+        """Who takes part in a step, where that is decided here."""
+        if self.rounds is None or self.rounds.participation is None:
+            return None
+        self.rounds.participation.opened()
+        return self.rounds.participation.asked(step)
 
     async def _loss_weights(self, message: Message, counts: Counts) -> LossWeights:
         if self.top is not None:
@@ -335,6 +351,8 @@ class Server:
             norm = None if mine is None else (self.name, mine.norm)
             closing.hand_in(self.worker, self.summed, self._scales, norm)
         settled = await self._settle(messages[0], closing)
+        if self.rounds is not None and self.rounds.participation is not None:
+            self.rounds.participation.count(self._labels, closing.losses)
         await self._apply(step, settled, self._gift(step), mine)
 
         def reply(message: Message) -> Message:
@@ -373,46 +391,57 @@ class Server:
     async def _round(self, messages: list[Message]) -> Callable[[Message], Message]:
         assert self.rounds is not None, "only where rounds are due is one asked for"
         rounds, steps = self.rounds, messages[0].step
-        due, weights = rounds.due(steps), _weights_of(messages)
+        due, weights = rounds.due(steps), rounds.weights_in(messages)
         reports: Reports = [report for message in messages for report in message.header.get("reports", [])]
-        value: Tensors = {}
-        if rounds.level <= due:
-            combined, rejected = await self.device.run(lambda: self._combined(rounds, messages, weights, due))
-            value = combined.value
-            reports.append(rounds.report(combined, rejected, len(messages)))
+        averages, made = rounds.level <= due, Outcome(None, {}, 0)
+        if averages:
+            children = [(m.sender, rounds.clients_in(m), dict(m.tensors)) for m in messages]
+            made = await self.device.run(lambda: rounds.average(children, weights, due))
+            reports.append(rounds.report(made))
         else:
             await self.device.run(lambda: rounds.average_groups(weights, due))
         if self.top is None:
-            assert self.uplink is not None
-            sent = value if rounds.level < due else {}
-            header = {"weights": weights, "reports": reports}
-            reply = await self.uplink.request(self.message("round", messages[0].micro_batch, header, sent))
-            value = outcome_in(reply, sent, rounds.arithmetic) if sent else value
+            outcome = await self._outcome_above(rounds, messages, made, weights, reports)
         else:
             self.top.observe_round(steps, reports)
-        outcome = rounds.settled(value) if rounds.level == due else value
+            outcome = None if made.combined is None or made.void else dict(made.combined.value)
+        if averages and rounds.level == due:
+            outcome = None if outcome is None else rounds.settled(outcome)
+        if rounds.participation is not None and outcome is not None:
+            rounds.participation.held(due, steps - 1, list(made.rejected), rounds.examples_in(messages))
         await self._go_on(steps, outcome, due)
+        void, value = averages and outcome is None, outcome or {}
 
-        def reply_to(message: Message) -> Message:
-            names = {name: tensor for name, tensor in outcome.items() if rounds.concerns(name, message.tensors)}
-            return self.message("round", message.micro_batch, {}, names)
+        def reply(message: Message) -> Message:
+            tensors = {name: tensor for name, tensor in value.items() if rounds.concerns(name, message.sender)}
+            return self.message("round", message.micro_batch, {"void": void}, tensors)
 
-        return reply_to
+        return reply
 
-    def _combined(
-        self, rounds: Rounds, messages: list[Message], weights: Weights, due: int
-    ) -> tuple[Combined, dict[str, str]]:
-        assert rounds.averager is not None
-        children = [(m.sender, [int(c) for c in m.header["weights"]], dict(m.tensors)) for m in messages]
-        return rounds.averager.combine(rounds.updates(children, weights, due))
+    async def _outcome_above(
+        self, rounds: Rounds, messages: list[Message], made: Outcome, weights: Weights, reports: Reports
+    ) -> Tensors | None:
+        """Ask above; what all go on from, or None where the round is void, or none of this level."""
+        assert self.uplink is not None
+        due, own = rounds.due(messages[0].step), None if made.combined is None else made.combined.value
+        goes_up = rounds.level < due
+        if goes_up and (made.void or own is None):
+            weights = {client: [0.0] * len(each) for client, each in weights.items()}
+            own = own if own is not None else largest([message.tensors for message in messages])
+        sent = dict(own) if goes_up and own is not None else {}
+        header = {"weights": weights, "reports": reports}
+        reply = await self.uplink.request(self.message("round", messages[0].micro_batch, header, sent))
+        if goes_up:
+            return None if is_void(reply) else outcome_in(reply, sent, rounds.arithmetic)
+        return None if made.void or own is None else dict(own)
 
-    async def _go_on(self, steps: int, outcome: Tensors, due: int) -> None:
-        """Take what the round has made, and commit the step that it belongs to."""
+    async def _go_on(self, steps: int, outcome: Tensors | None, due: int) -> None:
+        """Take what the round has made, if it counts, and commit the step that it belongs to."""
         rounds = self.rounds
         assert rounds is not None
 
         def job() -> Callable[[], None] | None:
-            if rounds.level <= due:
+            if rounds.level <= due and outcome is not None:
                 rounds.take(outcome, due, steps)
             return self.commit(steps, self.generation)
 
@@ -436,7 +465,3 @@ class Server:
         if self.batching is None:
             raise PeerError(f"{self.name} only coordinates: it holds no blocks")
         return self.batching
-
-
-def _weights_of(messages: Sequence[Message]) -> Weights:
-    return {int(client): list(each) for message in messages for client, each in message.header["weights"].items()}

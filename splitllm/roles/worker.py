@@ -11,10 +11,10 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
-from splitllm.federated.averager import Averager
 from splitllm.model.common import Common
 from splitllm.model.frozen import FROZEN, Frozen
 from splitllm.model.joined import Joined, Rows
@@ -28,6 +28,18 @@ TENANT = "tenant/"
 ROUNDS = "rounds/"
 """Before the names of what a role keeps of rounds."""
 Autocast = Callable[[], AbstractContextManager[object]]
+
+
+class Stateful(Protocol):
+    """What is kept and restored as tensors."""
+
+    def state(self) -> Tensors:
+        """All of it."""
+        ...
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Be as a `state()` tells."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class Worker:
         lent: client -> its copy of `common`; of the worker of a lane that copy is `trainable`.
         common: what clients train together at their own pace; None where they step together.
         frozen: what rounds have added to the frozen weights; None where they add nothing.
-        averager: what of rounds is kept with this role's state; None where it averages nothing.
+        kept: what of rounds is kept with this role's state; None where it averages nothing.
     """
 
     shard: Shard
@@ -90,7 +102,7 @@ class Worker:
     lent: Mapping[int, Trainable] = field(default_factory=dict)
     common: Common | None = None
     frozen: Frozen | None = None
-    averager: Averager | None = None
+    kept: Stateful | None = None
     _activations: int = 0
     _largest: int = 0
 
@@ -169,8 +181,8 @@ class Worker:
         tensors = self.trainable.state() if self.common is None else {}
         if self.frozen is not None:
             tensors |= self.frozen.state()
-        if self.averager is not None:
-            tensors |= {ROUNDS + key: tensor for key, tensor in self.averager.state().items()}
+        if self.kept is not None:
+            tensors |= {ROUNDS + key: tensor for key, tensor in self.kept.state().items()}
         for client, trainable in self.own.items():
             tensors.update({f"{TENANT}{client}/{key}": tensor for key, tensor in trainable.state().items()})
         return tensors
@@ -179,9 +191,8 @@ class Worker:
         """Set adapters and optimisers from a `state()`; of others that it holds nothing is taken."""
         if self.frozen is not None:
             self.frozen.load(tensors)
-        if self.averager is not None:
-            kept = {key.removeprefix(ROUNDS): t for key, t in tensors.items() if key.startswith(ROUNDS)}
-            self.averager.load(kept)
+        if self.kept is not None:
+            self.kept.load({key.removeprefix(ROUNDS): t for key, t in tensors.items() if key.startswith(ROUNDS)})
         if self.common is None:
             apart = (TENANT, ROUNDS, FROZEN)
             self.trainable.load({key: tensor for key, tensor in tensors.items() if not key.startswith(apart)})

@@ -22,6 +22,7 @@ from splitllm.model.export import PlainBatch, unsplit_model, whole_model_loss, w
 from splitllm.model.loading import Checkpoint
 from splitllm.recipe import Recipe, changed_keys, dump_recipe, load_recipe, what_leaves_the_device
 from splitllm.roles.adapters import DTYPES
+from splitllm.roles.participation import HISTORY
 from splitllm.running.base import BASE, BASE_UNFINISHED, base_folder, is_drawn
 from splitllm.running.places import ADAPTER, adapter_folders, where_next
 from splitllm.running.results import export, summary_of
@@ -136,7 +137,11 @@ def restore(run: Run, saved: checkpoint.TrainingState | None) -> None:
         run.metrics.truncate_to(-1)
         return
     wanted = {name: tensor.shape for name, tensor in run.roles.state().items()}
-    odd = [name for name, shape in wanted.items() if name not in saved.tensors or saved.tensors[name].shape != shape]
+    odd = [
+        name
+        for name, shape in wanted.items()
+        if name not in saved.tensors or (saved.tensors[name].shape != shape and not name.endswith(HISTORY))
+    ]
     if odd:
         folder = checkpoint.folder_of(run.directory, saved.step)
         raise CheckpointError(f"{folder}: {odd[0]} is missing or misshapen: delete the folder to resume from before")

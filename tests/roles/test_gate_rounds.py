@@ -85,7 +85,6 @@ def spoiled(message: Message) -> list[tuple[str, Message]]:
     """What is wrong with it, by a word of the refusal."""
     name = next(n for n in message.tensors if n.startswith("adapter/") and ".lora_A." in n)
     tensors = dict(message.tensors)
-    client = next(iter(message.header["weights"]))
     without = {n: t for n, t in tensors.items() if n != name}
     return [
         ("no base_model", replace(message, tensors=without)),
@@ -93,11 +92,11 @@ def spoiled(message: Message) -> list[tuple[str, Message]]:
         ("which is not due", replace(message, tensors={**tensors, "exp/" + name: tensors[name]})),
         (f"{name} of", replace(message, tensors={**tensors, name: tensors[name][:, :-1]})),
         (f"{name} of", replace(message, tensors={**tensors, name: tensors[name].int()})),
-        ("not below", replace(message, header={**message.header, "weights": {"77": [1.0, 1.0]}})),
-        ("that are none", replace(message, header={**message.header, "weights": {client: [1.0]}})),
-        ("that are none", replace(message, header={**message.header, "weights": {client: [-1.0, 1.0]}})),
+        ("not below", replace(message, header={"examples": {"77": 5}})),
+        ("that are none", replace(message, header={"examples": {"0": 0}})),
+        ("that are none", replace(message, header={"examples": {"0": 1.5}})),
         ("reports that", replace(message, header={**message.header, "reports": [{"role": "edge-0"}]})),
-        ("no weights", replace(message, header={})),
+        ("no examples", replace(message, header={})),
     ]
 
 
@@ -136,3 +135,15 @@ def test_a_round_out_of_turn_is_refused() -> None:
         runner.run(ask())
     assert "round" in errors[0]
     assert same(found.adapter, undisturbed(0).adapter)
+
+
+def test_what_an_edge_says_of_its_clients_is_refused_if_it_is_none() -> None:
+    found = undisturbed(0)
+    message = next(m for m in rounds_of(found) if m.sender == "edge-0" and m.step == 2)
+    bounds = allowed(found.plan, "cloud")
+    bounds.check(message)
+    for weights in ({"0": [1.0]}, {"0": [-1.0, 1.0]}, {"0": [1e300, 1.0]}, {"0": 1.0}):
+        with pytest.raises(PeerError, match="edge-0 sent round with weights of client 0 that are none"):
+            bounds.check(replace(message, header={**message.header, "weights": weights}))
+    with pytest.raises(PeerError, match="which is not below it"):
+        bounds.check(replace(message, header={**message.header, "weights": {"2": [1.0, 1.0]}}))

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from splitllm.errors import AverageError, RecipeError
+from splitllm.errors import DivergedError, RecipeError
 from splitllm.metrics import read_records
 from splitllm.recipe import clients_below, load_recipe, parent_of, tier_of
-from splitllm.recipe.rounds import last_round, level_due
+from splitllm.recipe.rounds import level_due
 from splitllm.train import train
 from splitllm.wire.link import LocalLink
 from splitllm.wire.message import Message
@@ -49,18 +49,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Seen:
-    """Every message of a round and its reply, as they were when they crossed."""
+    """Every message of a round and its reply, as they were when they crossed, and the labels of every step."""
 
     def __init__(self) -> None:
         self.messages: list[tuple[Message, Message]] = []
+        self.labels: dict[tuple[int, int], int] = {}
 
-    def of_clients(self, step: int) -> dict[int, tuple[Tensors, list[float]]]:
-        """Client -> its value, and what it counts at each level."""
+    def of_clients(self, step: int, since: int = 0) -> dict[int, tuple[Tensors, float]]:
+        """Client -> its value, and the labels that it was trained on since so many steps."""
         found = {}
         for message, _ in self.messages:
             if message.sender.startswith("client") and message.step == step:
-                ((client, weights),) = message.header["weights"].items()
-                found[int(client)] = (dict(message.tensors), weights)
+                ((client, _rows),) = message.header["examples"].items()
+                labels = sum(self.labels.get((client, at), 0) for at in range(since, step))
+                found[int(client)] = (dict(message.tensors), float(labels))
         return found
 
 
@@ -73,6 +75,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         reply = await request(self, message)
         if message.kind == "round":
             seen.messages.append((asked, reply))
+        if message.kind == "open" and reply.header.get("takes_part") and message.sender.startswith("client"):
+            seen.labels.update({(c, message.step): sum(labels) for c, labels in message.header["labels"].items()})
         return reply
 
     monkeypatch.setattr(LocalLink, "request", spy)
@@ -154,7 +158,7 @@ def test_a_round_makes_what_its_rule_says_and_the_exported_adapter_is_that(
     """One round at the end of the run: Done when W equals W0 + s sum p B A to 1e-6 in fp32."""
     whole = ["split.tiers={client: 3}", "split.cuts=[]", LOCAL, "rounds.cloud_every=4", f"rounds.rule={rule}"]
     adapter = run(folder, tmp_path, *whole, "train.verify_adapter=true")
-    sent = {c: (value, weights[-1]) for c, (value, weights) in seen.of_clients(4).items()}
+    sent = seen.of_clients(4)
     start = seen_start(folder, tmp_path, *whole)
     sent = {c: ({f"adapter/{n}": t for n, t in start.items()} | value, w) for c, (value, w) in sent.items()}
     modules = sorted({name.split(".lora_")[0] for name in start})
@@ -237,13 +241,11 @@ def test_the_last_step_ends_with_a_round_of_all_and_no_update_is_lost(folder: Pa
     local = [LOCAL, "rounds.cloud_every=3", "split.tiers={client: 3}", "split.cuts=[]"]
     adapter = run(folder, tmp_path, *local)
     assert sorted({message.step for message, _ in seen.messages}) == [3, 4]
-    values = seen.of_clients(4)
+    values = seen.of_clients(4, since=3)
     assert len(values) == 3
-    first, last = seen.of_clients(3), {c: weights for c, (_, weights) in values.items()}
-    assert all(first[c][1][0] > last[c][0] > 0 for c in values)
-    total = sum(weights[0] for weights in last.values())
+    total = sum(labels for _, labels in values.values())
     for name, tensor in adapter.items():
-        mean = sum(value[f"adapter/{name}"].double() * (weights[0] / total) for value, weights in values.values())
+        mean = sum(value[f"adapter/{name}"].double() * (labels / total) for value, labels in values.values())
         assert torch.allclose(tensor.double(), mean, atol=1e-7), name  # type: ignore[arg-type]
 
 
@@ -252,7 +254,8 @@ def test_every_client_counts_once_at_every_level(folder: Path, tmp_path: Path, s
     run(folder, tmp_path, *TREES["uneven"], *local)
     recipe = load_recipe(folder / "recipe.yaml", [*TREES["uneven"], *local])
     for message, _ in seen.messages:
-        assert sorted(map(int, message.header["weights"])) == clients_below(recipe, message.sender)
+        key = "examples" if message.sender.startswith("client") else "weights"
+        assert sorted(map(int, message.header[key])) == clients_below(recipe, message.sender)
     at = [(message.step, message.sender) for message, _ in seen.messages]
     assert len(at) == len(set(at))
     assert {step for step, _ in at} == {2, 4}
@@ -348,7 +351,7 @@ def test_where_nobody_is_left_the_run_says_so(folder: Path, tmp_path: Path, monk
         return await request(self, message)
 
     monkeypatch.setattr(LocalLink, "request", poisoned)
-    with pytest.raises(AverageError, match="nothing is left to average"):
+    with pytest.raises(DivergedError, match="nothing is left to average"):
         run(folder, tmp_path, *TREES["two tiers"], LOCAL, "rounds.cloud_every=2")
 
 
@@ -364,7 +367,6 @@ def test_intervals_of_several_tiers_make_rounds_of_several_levels(folder: Path) 
     four = [*TREES["four tiers"], LOCAL, "rounds.edge_every=[2, 4]", "rounds.cloud_every=8", "train.steps=11"]
     recipe = load_recipe(folder / "recipe.yaml", four)
     assert [level_due(recipe, steps) for steps in range(12)] == [0, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 3]
-    assert [last_round(recipe, 11, level) for level in (1, 2, 3)] == [10, 8, 8]
     assert parent_of(recipe, "hub-0") == "edge-0"
     assert tier_of(recipe, "hub-0")[0] == 1
 
@@ -391,3 +393,75 @@ def test_what_cannot_be_had_together_is_refused(folder: Path, overrides: list[st
     with pytest.raises(RecipeError) as refused:
         load_recipe(folder / "recipe.yaml", overrides)
     assert words in str(refused.value)
+
+
+def takes_part(seen: Seen) -> dict[int, list[int]]:
+    """Step -> the clients that trained in it."""
+    found: dict[int, list[int]] = {}
+    for client, step in sorted(seen.labels):
+        found.setdefault(step, []).append(client)
+    return found
+
+
+@pytest.mark.parametrize("adapters", ["shared", "per_client", "common"])
+@pytest.mark.parametrize("policy", ["random", "poisson", "oort"])
+def test_only_some_clients_train_between_rounds_and_all_go_on_from_their_average(
+    folder: Path, tmp_path: Path, seen: Seen, policy: str, adapters: str
+) -> None:
+    some = [f"rounds.participation={{policy: {policy}, share: 0.5}}", f"lora.adapters={adapters}", "train.steps=8"]
+    adapter = run(folder, tmp_path, *TREES["two tiers"], LOCAL, "rounds.cloud_every=2", "train.batch_size=1", *some)
+    by_step = takes_part(seen)
+    assert sorted(by_step) == list(range(8))
+    assert all(by_step[step] == by_step[step + 1] for step in range(0, 8, 2)), "the same until the next round"
+    assert {len(clients) for clients in by_step.values()} <= ({2} if policy != "poisson" else {1, 2, 3})
+    assert len({tuple(clients) for clients in by_step.values()}) > 1
+    last = {c: (value, labels) for c, (value, labels) in seen.of_clients(8, since=6).items() if labels}
+    assert sorted(last) == by_step[7]
+    name = next(name for name in adapter if ".h.0." in name)
+    total = sum(labels for _, labels in last.values())
+    mean = sum(value[f"adapter/{name}"].double() * (labels / total) for value, labels in last.values())
+    assert torch.allclose(adapter[name].double(), mean, atol=1e-7)  # type: ignore[arg-type]
+    assert [report["updates"] for report in rounds_in(tmp_path / "run")] == [
+        len(by_step[step]) + (adapters == "shared") * 0 for step in (1, 3, 5, 7)
+    ]
+
+
+def test_a_round_with_too_few_usable_updates_is_void_and_the_next_counts_all_steps(
+    folder: Path, tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = LocalLink.request
+
+    async def poisoned(self: LocalLink, message: Message) -> Message:
+        if message.kind == "round" and message.sender == "client-1" and message.step == 2:
+            message = replace(message, tensors={n: torch.full_like(t, math.nan) for n, t in message.tensors.items()})
+        return await request(self, message)
+
+    monkeypatch.setattr(LocalLink, "request", poisoned)
+    least = "rounds.participation={minimum: 3}"
+    adapter = run(folder, tmp_path, *TREES["two tiers"], LOCAL, "rounds.cloud_every=2", least)
+    first, second = rounds_in(tmp_path / "run")
+    assert first["void"] == "2 usable updates, where rounds.participation.minimum is 3"
+    assert second["void"] is None and second["updates"] == 3
+    assert "the round of cloud is void" in capsys.readouterr().out
+    values = seen.of_clients(4, since=0)
+    name = next(name for name in adapter if ".h.0." in name)
+    total = sum(labels for _, labels in values.values())
+    mean = sum(value[f"adapter/{name}"].double() * (labels / total) for value, labels in values.values())
+    assert torch.allclose(adapter[name].double(), mean, atol=1e-7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", ["random", "oort"])
+def test_who_takes_part_is_the_same_in_a_resumed_run(folder: Path, tmp_path: Path, seen: Seen, policy: str) -> None:
+    some = [f"rounds.participation={{policy: {policy}, share: 0.5}}", "train.checkpoint_every=1", "train.steps=6"]
+    every = [*TREES["three tiers"], LOCAL, "rounds.edge_every=1", "rounds.cloud_every=2", "rounds.weights=equal", *some]
+    adapter = run(folder, tmp_path, *every)
+    import shutil
+
+    for kept in (tmp_path / "run" / "checkpoints").iterdir():
+        if kept.name != "step-5":
+            shutil.rmtree(kept)
+    before, seen.labels = takes_part(seen), {}
+    train(load_recipe(folder / "recipe.yaml", every), tmp_path / "run", resume=True)
+    assert takes_part(seen) == {5: before[5]}
+    resumed = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(adapter[name], resumed[name]) for name in adapter)
