@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ class _Due:
     step: int
     parcel: Parcel
     outcome: asyncio.Future[Tensors]
+    taken: asyncio.Event
 
 
 class Exchange:
@@ -56,6 +59,8 @@ class Exchange:
         if isinstance(where, tuple):
             self._server = await asyncio.start_server(self._serve, *where)
             return self
+        if _is_answered(where):
+            raise OSError(errno.EADDRINUSE, "another process listens there")
         with contextlib.suppress(FileNotFoundError):
             Path(where).unlink()  # of a process that was killed
         mask = os.umask(0o177)
@@ -88,7 +93,7 @@ class Exchange:
         """
         views, bfloat16 = viewed(value)
         about = {"step": step, "weight": weight, "last": last, "rules": self.rules.text(), "bfloat16": bfloat16}
-        due = _Due(step, Parcel(about, save(views)), asyncio.get_running_loop().create_future())
+        due = _Due(step, Parcel(about, save(views)), asyncio.get_running_loop().create_future(), asyncio.Event())
         self._due, self._given = due, min(self._given, step - 1)
         self._wake()
         try:
@@ -96,6 +101,11 @@ class Exchange:
         finally:
             if self._due is due:
                 self._due = None
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether an engine has what was offered for the round that is due."""
+        return self._due is not None and self._due.taken.is_set()
 
     def finish(self) -> None:
         """Say that there will be no more rounds, where the last was not offered as such; who asks is told so."""
@@ -133,22 +143,39 @@ class Exchange:
     async def _take(self) -> Parcel:
         while not self._over and self._due is None:
             await self._changed.wait()
-        return self._due.parcel if self._due is not None else Parcel({"over": True})
+        if self._due is None:
+            return Parcel({"over": True})
+        self._due.taken.set()
+        return self._due.parcel
 
     async def _give(self, step: object, parcel: Parcel) -> None:
         if not isinstance(step, int):
             raise PeerError(f"step is {step!r}; expected a number")
         outcome = _checked(parcel)
-        while self._due is None and step > self._given:
-            await self._changed.wait()  # a round that was cancelled will be held again
+        while step > self._given and (self._due is None or self._due.step == 0 < step):
+            if self._due is not None:
+                self._settle(_checked(self._due.parcel))  # the engine is further, and knows the start: it was the same
+            else:
+                await self._changed.wait()  # a round that was cancelled will be held again
         if step <= self._given:
             return  # it has this outcome already
         assert self._due is not None
         if step != self._due.step:
             raise PeerError(f"an outcome of step {step}, and the round of step {self._due.step} is due")
-        due, self._due, self._given = self._due, None, step
+        self._settle(outcome)
+
+    def _settle(self, outcome: Tensors) -> None:
+        assert self._due is not None
+        due = self._due
+        self._due, self._given = None, due.step
         if not due.outcome.done():
             due.outcome.set_result(outcome)
+
+
+def _is_answered(path: str) -> bool:
+    """Whether somebody listens at a Unix socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) == 0
 
 
 async def _read(reader: asyncio.StreamReader) -> Parcel:

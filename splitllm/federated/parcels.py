@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from splitllm.errors import PeerError
+from splitllm.recipe.addresses import place_here
 
 LENGTHS = struct.Struct(">IQ")
 VALUES_BYTES = 1 << 20
 TENSORS_BYTES = 1 << 32
-UNIX = "unix:"
-LOCAL = ("127.0.0.1", "::1", "localhost")
 AGAIN_SECONDS = 0.2
 
 
@@ -85,12 +84,10 @@ def place(address: str) -> str | tuple[str, int]:
     Raises:
         PeerError: it is neither; adapters in the clear do not leave the machine.
     """
-    if address.startswith(UNIX):
-        return address.removeprefix(UNIX)
-    host, _, port = address.rpartition(":")
-    if host.strip("[]") not in LOCAL or not port.isdecimal():
-        raise PeerError(f"address {address!r} is not on this machine; use unix:PATH or 127.0.0.1:PORT")
-    return host.strip("[]"), int(port)
+    try:
+        return place_here(address)
+    except ValueError as error:
+        raise PeerError(f"address {address!r} is not on this machine; use unix:PATH or 127.0.0.1:PORT") from error
 
 
 def take(address: str, patience: float) -> Parcel:

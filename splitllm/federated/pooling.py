@@ -105,6 +105,8 @@ class Pooling:
             for edge, offer in sorted(offers.items(), key=lambda item: (len(item[0]), item[0]))
         ]
         count = [update for update in updates if update.weight > 0 and update.tensors]
+        if not count:
+            return {update.sender: ({}, []) for update in updates}, "void, as nobody counted"
         if all(offer.step == 0 for offer in offers.values()):
             value, told = self._start(rules, count), "what all start from"
         else:

@@ -23,6 +23,7 @@ from splitllm.recipe.kinds import (
     MixedPrecision,
     NonNegative,
     NotNegative,
+    PlaceHere,
     Positive,
     Probability,
     Seed,
@@ -224,7 +225,8 @@ class ParticipationRecipe(Section):
 class RoundsRecipe(Section):
     """Replicas that train adapters of their own, and when and how those are averaged. Intervals are in steps.
 
-    `edge_every` is of the tiers between clients and top, one number for all or a list, bottom-up.
+    `edge_every` is of the tiers between clients and top, one number for all or a list, bottom-up. With `exchange` the
+    tree is one site of several: `cloud_every` is of all sites, and `edge_every` of the site's top, too.
     """
 
     replicas: Literal["together", "local"] = "together"
@@ -239,6 +241,7 @@ class RoundsRecipe(Section):
     clip_update: Positive | None = None
     reject_beyond: Positive | None = None
     participation: ParticipationRecipe = Field(default_factory=ParticipationRecipe)
+    exchange: PlaceHere | None = None
 
 
 class WireRecipe(Section):

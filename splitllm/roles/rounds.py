@@ -135,8 +135,12 @@ class Rounds:
 
     def value(self, due: int) -> Tensors:
         """What a client sends up."""
-        (value,) = (self._sent(holder, due) for holder in self._holders())
+        (value,) = self.values(due)
         return value
+
+    def values(self, due: int) -> list[Tensors]:
+        """Of all that is trained here."""
+        return [self._sent(holder, due) for holder in self._holders()]
 
     def updates(
         self, children: Iterable[tuple[str, Sequence[int], Tensors]], weights: Weights, due: int
@@ -344,16 +348,27 @@ def outcome_in(reply: Message, sent: Mapping[str, torch.Tensor], arithmetic: Ari
     Raises:
         PeerError: it is not.
     """
-    value = dict(reply.tensors)
+    return usable(reply.tensors, sent, arithmetic, reply.sender)
+
+
+def usable(
+    answer: Mapping[str, torch.Tensor], sent: Mapping[str, torch.Tensor], arithmetic: Arithmetic, sender: str
+) -> Tensors:
+    """An outcome, if it is of all that was sent, of shapes that fit, and finite.
+
+    Raises:
+        PeerError: it is not.
+    """
+    value = dict(answer)
     for name, like in {**_adapters(sent), **value}.items():
         mine = sent.get(name)
         if name not in value and FROZEN + name.removeprefix(ADAPTER) in value:
             continue
         found = value.get(name)
         if found is None or not found.is_floating_point() or not bool(torch.isfinite(found).all()):
-            raise PeerError(f"{reply.sender} answered round with nothing of use as {name}")
+            raise PeerError(f"{sender} answered round with nothing of use as {name}")
         if not _alike(name, found, like if mine is None else mine, sent, arithmetic):
-            raise PeerError(f"{reply.sender} answered round with {list(found.shape)} as {name}")
+            raise PeerError(f"{sender} answered round with {list(found.shape)} as {name}")
     return value
 
 
