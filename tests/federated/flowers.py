@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +61,11 @@ class Flowers:
         """The process of an edge."""
         words = [self.address(name), name, str(rounds), str(self.result(name))]
         self.start(name, sys.executable, "-m", "tests.federated.edge", *words)
+
+    def site(self, name: str, verb: str, recipe: Path, words: Sequence[str]) -> None:
+        """A whole run of a site, by `splitllm train` or `splitllm up`; its results lie in the folder of its name."""
+        run = [sys.executable, "-m", "splitllm", verb, str(recipe), *words, "--output-dir", str(self.folder / name)]
+        self.start(name, *run)
 
     def node(self, name: str, edge: str) -> None:
         """A SuperNode beside an edge."""

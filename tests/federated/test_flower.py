@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from splitllm.recipe import load_recipe
+from splitllm.train import train
+from tests.federated import sites
 from tests.federated.edge import WEIGHTS, undisturbed
 from tests.federated.flowers import Flowers
 
@@ -45,6 +48,22 @@ def test_edges_end_with_what_our_own_engine_gives(flowers: Flowers) -> None:
     assert_undisturbed(flowers, rounds=3)
     assert "through: 3 rounds of 2 edges" in flowers.log("run")
     assert [flowers.stop(name) for name in ("node-of-edge-0", "node-of-edge-1", "link")] == [0, 0, -signal.SIGTERM]
+
+
+def test_sites_of_the_real_engine_give_the_adapter_of_one_tree(flowers: Flowers, tmp_path: Path) -> None:
+    """One by `splitllm train`, the other as processes: what the built-in engine gives with a cloud above both edges."""
+    recipe = sites.written(flowers.folder)
+    for index, (name, verb) in enumerate({"edge-0": "train", "edge-1": "up"}.items()):
+        words = sites.site(flowers.folder, index, flowers.address(name))
+        flowers.site(name, verb, recipe, [*words, "train.threads=1"])
+        flowers.node(f"node-of-{name}", name)
+    flowers.run()
+    train(load_recipe(recipe, sites.one_tree(flowers.folder)), tmp_path / "tree")
+    flowers.wait(lambda: through(flowers), 240)
+    flowers.wait(lambda: all((flowers.folder / name / "summary.json").exists() for name in WEIGHTS), 60)
+    assert "through: 3 rounds of 2 edges" in flowers.log("run")
+    far = {name: sites.apart(flowers.folder / name / "adapter", tmp_path / "tree" / "adapter") for name in WEIGHTS}
+    assert max(far.values()) < 1e-6, far
 
 
 def test_a_node_that_is_killed_and_an_edge_that_starts_late_change_nothing(flowers: Flowers) -> None:
