@@ -29,8 +29,10 @@ from splitllm.recipe import (
     client_cuts,
     client_names,
     goes_by_lanes,
+    goes_by_rounds,
     own_blocks,
     role_bounds,
+    rounds_line,
     tier_bounds,
     what_leaves_the_device,
 )
@@ -190,6 +192,7 @@ def describe(plan: Plan) -> list[str]:
         *shares,
         f"  held out: {held_out} rows",
         f"leaves the device: {what_leaves_the_device(recipe)}",
+        *([f"rounds: {rounds_line(recipe)}"] if goes_by_rounds(recipe) else []),
         "the recipe is valid",
     ]
 

@@ -18,7 +18,7 @@ from splitllm.checkpoint import TrainingState
 from splitllm.errors import RunInterrupted
 from splitllm.metrics import Metrics, Tracker
 from splitllm.preflight import prepare
-from splitllm.recipe import Recipe, intervals, level_due, what_leaves_the_device
+from splitllm.recipe import Recipe, goes_by_rounds, intervals, level_due, rounds_line, what_leaves_the_device
 from splitllm.roles.assembly import Assembly, Site, schedule_of
 from splitllm.roles.client import StepReport
 from splitllm.roles.elsewhere import opened
@@ -181,6 +181,8 @@ def _announce(run: Run) -> None:
         keep_recipe(run)
     run.metrics.say(f"{run.recipe.model.base} cut into {' | '.join(run.plan.tier_lines())}")
     run.metrics.say(f"leaves the device: {what_leaves_the_device(run.recipe)}")
+    if goes_by_rounds(run.recipe):
+        run.metrics.say(f"rounds: {rounds_line(run.recipe)}")
     for share in run.plan.corpus.shares:
         groups = f" ({', '.join(share.groups)})" if share.groups else ""
         run.metrics.say(f"{share.client}: {share.examples} rows, {share.tokens} tokens{groups}")

@@ -29,7 +29,7 @@ from splitllm.recipe import (
     tenant_blocks,
     tier_of,
 )
-from splitllm.recipe.rounds import ONE_SHAPE, WITH_FROZEN
+from splitllm.recipe.rounds import ONE_SHAPE, WITH_FROZEN, hides
 from splitllm.roles.checks import Allowed, Child
 from splitllm.roles.round_checks import RoundBounds
 from splitllm.roles.worker import TENANT
@@ -38,6 +38,7 @@ from splitllm.wire.frames import aligned
 
 MIB = 2**20
 STATES = 4  # of an adapter tensor: itself, two moments, and a count of steps
+_WORDS = {32: torch.int32, 64: torch.int64}
 OF_MICRO_BATCH = 4  # tensors of its request
 INDEX_BYTES = 4
 
@@ -83,6 +84,7 @@ def _round_bounds(recipe: Recipe, name: str) -> RoundBounds | None:
         frozen=rule in WITH_FROZEN,
         anew=rule == "flora",
         moments=recipe.rounds.moments == "average",
+        words=_WORDS[recipe.rounds.secure.bits] if hides(recipe) and tier_of(recipe, name)[0] == 1 else None,
     )
 
 
@@ -135,7 +137,8 @@ def limits(plan: Plan) -> Limits:
     owners = [None] if recipe.lora.adapters == "shared" else range(next(iter(recipe.split.tiers.values())))
     shapes = [shape for owner in owners for shape in _shapes(plan, owner).values()]
     states = sum(STATES * aligned(math.prod(shape) * _itemsize(recipe)) for shape in shapes)
-    tensors = STATES * len(shapes) + OF_MICRO_BATCH
+    with_frozen = goes_by_rounds(recipe) and recipe.rounds.rule in WITH_FROZEN
+    tensors = (STATES + with_frozen) * len(shapes) + OF_MICRO_BATCH
     if goes_by_rounds(recipe) and recipe.rounds.rule in (*WITH_FROZEN, "flexlora"):  # factors of any rank
         widest = [max(shape) ** 2 * _itemsize(recipe) for shape in _shapes(plan).values()]
         states += sum(map(aligned, widest))

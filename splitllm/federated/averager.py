@@ -14,6 +14,7 @@ from splitllm.federated.outer import Outer, outer_step
 from splitllm.federated.rounds import ADAPTER, Arithmetic, Combined, Tensors, Update
 
 GIVEN = "given/"
+NOT_FINITE = "not finite"
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,15 @@ class Averager:
         arithmetic: the rule.
         limits: of changes.
         outer: at the top, how it steps; None: it takes the average.
-        start: what all holders below start from, `adapter/NAME`; needed where changes are looked at.
+        start: what all holders below start from, `adapter/NAME`; needed where changes are looked at, and kept where it
+            is there.
     """
 
     def __init__(
         self, arithmetic: Arithmetic, limits: Limits, outer: Outer | None, start: Mapping[str, torch.Tensor]
     ) -> None:
         self.arithmetic, self.limits, self.outer = arithmetic, limits, outer
-        self.looks_at_changes = outer is not None or limits != Limits()
-        self._given = {name: tensor.clone() for name, tensor in start.items()} if self.looks_at_changes else {}
+        self._given = {name: tensor.clone() for name, tensor in start.items()}
         self._moments: Tensors = {}
 
     def combine(self, updates: Sequence[Update]) -> tuple[Combined, dict[str, str]]:
@@ -56,7 +57,7 @@ class Averager:
         Raises:
             AverageError: none can be used, or the rule does not fit them.
         """
-        rejected = {u.sender: "not finite" for u in updates if not _is_finite(u)}
+        rejected = {u.sender: NOT_FINITE for u in updates if not (math.isfinite(u.weight) and is_finite(u.tensors))}
         rejected |= self._too_large([u for u in updates if u.sender not in rejected])
         left = [update for update in updates if update.sender not in rejected]
         if not left:
@@ -75,6 +76,10 @@ class Averager:
         """This is what all holders below go on from."""
         for name in self._given.keys() & value.keys():
             self._given[name] = value[name].detach().clone()
+
+    def given(self) -> Tensors:
+        """What was handed out last."""
+        return dict(self._given)
 
     def state(self) -> Tensors:
         """All that a resumed run needs."""
@@ -119,8 +124,9 @@ class Averager:
         return Update(update.sender, update.weight, tensors)
 
 
-def _is_finite(update: Update) -> bool:
-    return math.isfinite(update.weight) and all(bool(torch.isfinite(t).all()) for t in update.tensors.values())
+def is_finite(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether all values are."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
 def starting(adapter: Mapping[str, torch.Tensor]) -> Tensors:

@@ -53,15 +53,23 @@ class Trainable:
         parameters: name in the adapter file -> parameter.
         optimizer: the recipe's.
         prox: how hard a step is pulled back to where the parameters were after the last round (FedProx, mu).
+        anchored: whether it remembers where they were, even without that.
 
     Attributes:
         parameters: name in the adapter file -> parameter.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: OptimizerRecipe, prox: float = 0.0) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: OptimizerRecipe,
+        prox: float = 0.0,
+        *,
+        anchored: bool = False,
+    ) -> None:
         self.parameters = dict(parameters)
         self.base_rate = optimizer.lr
-        self._prox, self._anchor = prox, dict[str, torch.Tensor]()
+        self._prox, self._anchored, self._anchor = prox, anchored or prox > 0, dict[str, torch.Tensor]()
         self._anchor_here()
         self._sum: OrderedSum | None = None
         self._optimizer = _OPTIMIZERS[optimizer.name](list(self.parameters.values()), optimizer) if parameters else None
@@ -114,7 +122,7 @@ class Trainable:
         for name, gradient in gradients.items():
             parameter = self.parameters[name]
             parameter.grad = gradient if factor == 1.0 else gradient * factor
-            if self._anchor:
+            if self._prox:
                 parameter.grad = parameter.grad.add(parameter.detach() - self._anchor[name], alpha=self._prox)
         for group in self._optimizer.param_groups:
             group["lr"] = self.base_rate * rate
@@ -152,7 +160,7 @@ class Trainable:
             parameter.grad = None
             keys = [key for key in tensors if key.partition("/")[2] == name]
             slots = {key.partition("/")[0]: tensors[key].clone() for key in keys}
-            if self._prox:
+            if self._anchored:
                 self._anchor[name] = slots[ANCHOR_SLOT].to(parameter.device)
             self._set_moments(name, {k: v for k, v in slots.items() if k not in (ADAPTER_SLOT, ANCHOR_SLOT)})
 
@@ -182,8 +190,12 @@ class Trainable:
                 k: v if k == "step" else v.to(parameter.device) for k, v in slots.items()
             }
 
+    def anchor(self) -> Tensors:
+        """Where the parameters were after the last round, of one that remembers it."""
+        return dict(self._anchor)
+
     def _anchor_here(self) -> None:
-        if self._prox:
+        if self._anchored:
             self._anchor = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
 

@@ -73,14 +73,16 @@ def select(rules: Rules, present: Sequence[str], draw: Draw, history: History | 
     there = tuple(dict.fromkeys(present))
     if len(there) < rules.minimum:
         return TooFew(
-            f"round {draw.number} cannot begin: {len(there)} of the at least {rules.minimum} clients of rounds.minimum "
-            f"are there ({', '.join(there) or 'nobody'}): start more clients, or lower rounds.minimum"
+            f"round {draw.number} cannot begin: {len(there)} of the at least {rules.minimum} clients of "
+            f"rounds.participation.minimum are there ({', '.join(there) or 'nobody'}): start more clients, or lower "
+            "rounds.participation.minimum"
         )
     asked = POLICIES[rules.policy](rules, there, draw, history or History())
     if len(asked.clients) < rules.minimum:
         return TooFew(
             f"round {draw.number} cannot begin: {len(asked.clients)} of {len(there)} clients were drawn, "
-            f"rounds.minimum is {rules.minimum}: it is drawn again; raise rounds.share if that happens often",
+            f"rounds.participation.minimum is {rules.minimum}: it is drawn again; raise rounds.participation.share if "
+            "that happens often",
             redraw=True,
         )
     return Asked(tuple(client for client in there if client in set(asked.clients)), asked.goal)

@@ -128,8 +128,13 @@ def leave(this: Round, clients: Sequence[str]) -> Round:
 def _line(this: Round, missing: Sequence[str], now: float) -> str:
     number, attempt = this.key
     who = ", ".join(f"{client} (left)" if client in this.left else client for client in missing)
-    when = f"within the {this.until - this.began:g} s of rounds.deadline" if now >= this.until else "and no more can"
+    when = (
+        f"within the {this.until - this.began:g} s of rounds.participation.deadline"
+        if now >= this.until
+        else "and no more can"
+    )
     return (
         f"round {number}, attempt {attempt + 1} is void and repeated: {len(this.arrived)} of at least {this.minimum} "
-        f"clients arrived {when}; missing: {who}. Raise rounds.deadline or lower rounds.minimum if that happens often"
+        f"clients arrived {when}; missing: {who}. Raise rounds.participation.deadline or lower "
+        "rounds.participation.minimum if that happens often"
     )

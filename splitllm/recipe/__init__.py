@@ -35,6 +35,7 @@ from splitllm.recipe.rounds import (
     goes_by_rounds,
     intervals,
     level_due,
+    rounds_line,
     side_that_trains,
 )
 from splitllm.recipe.schema import (
@@ -91,6 +92,7 @@ __all__ = [
     "role_bounds",
     "role_in_tier",
     "role_names",
+    "rounds_line",
     "sharing",
     "side_that_trains",
     "start_digest",

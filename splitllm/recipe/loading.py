@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from splitllm.errors import RecipeError
 from splitllm.recipe.problems import explain, locations
-from splitllm.recipe.rounds import goes_by_rounds
+from splitllm.recipe.rounds import goes_by_rounds, what_leaves_in_rounds
 from splitllm.recipe.schema import Recipe
 from splitllm.recipe.text import apply_overrides, read_mapping
 
@@ -79,7 +79,8 @@ def what_leaves_the_device(recipe: Recipe) -> str:
     trains = recipe.lora.tiers is None or name in recipe.lora.tiers
     if not above:
         if count > 1 and trains and goes_by_rounds(recipe):
-            return f"only its adapter leaves each {name}, in rounds: {count} of them train the whole model in place"
+            what = what_leaves_in_rounds(recipe)
+            return f"only {what} leaves each {name}: {count} of them train the whole model in place"
         if count > 1 and trains:
             return f"only adapter gradients leave each {name}: the whole model is trained in place on {count} of them"
         return "nothing leaves the device: the whole model is trained in place"
@@ -88,7 +89,7 @@ def what_leaves_the_device(recipe: Recipe) -> str:
     if trains:
         together = count > 1 and recipe.lora.adapters == "shared" and not goes_by_rounds(recipe)
         leaving.append("gradients of its adapter" if together else "the norms of its adapter's gradients")
-        leaving += ["its adapter in rounds"] if goes_by_rounds(recipe) else []
+        leaving += [what_leaves_in_rounds(recipe)] if goes_by_rounds(recipe) else []
     if recipe.split.labels == "cloud":
         leaving.append("the lengths and labelled positions of rows")
         return f"{_listed(leaving)} leave the {name}, and so do the target token ids, which are text"
@@ -105,7 +106,11 @@ def what_leaves_in_a_deployment(recipe: Recipe) -> str:
         return line
     line = f"{line}; the loss and the number of labels of each step and evaluation go up as well"
     if recipe.lora.tiers is None or name in recipe.lora.tiers:
-        out = "one adapter" if recipe.lora.adapters == "shared" else f"an adapter of each {name}"
+        out = (
+            "one adapter"
+            if recipe.lora.adapters == "shared" or goes_by_rounds(recipe)
+            else f"an adapter of each {name}"
+        )
         line += f", and at the end so does the adapter of the {name}: {out} for the whole model comes out at the top"
     return line
 

@@ -61,6 +61,30 @@ def side_that_trains(recipe: Recipe, step: int) -> str | None:
     return "AB"[(turn + 1) % 2]
 
 
+def rounds_line(recipe: Recipe) -> str:
+    """Says in one line when rounds are held, and what they average."""
+    rounds, names = recipe.rounds, list(recipe.split.tiers)[1:] or ["coordinator"]
+    names += [] if rounds.exchange is None else ["other sites' tops"]
+    held = [f"every {every} steps at the {name}" for name, every in zip(names, intervals(recipe), strict=True)]
+    some = rounds.participation
+    parts = [f"{rounds.rule} {' and '.join(held)}, weights: {rounds.weights}"]
+    if some.policy != "all":
+        wanted = f"{some.count}" if some.count is not None else f"{some.share:g}"
+        parts.append(f"{some.policy} {wanted} of the clients at a time")
+    if rounds.secure.aggregate:
+        parts.append("masked: the server right above clients sees sums alone")
+    if rounds.privacy.clip is not None:
+        parts.append(f"changes clipped to {rounds.privacy.clip:g}, noise {rounds.privacy.noise:g}")
+    return "; ".join(parts)
+
+
+def what_leaves_in_rounds(recipe: Recipe) -> str:
+    """What a client sends of its adapter."""
+    if recipe.rounds.secure.aggregate:
+        return "its adapter in rounds, masked"
+    return "its clipped change in rounds" if recipe.rounds.privacy.clip is not None else "its adapter in rounds"
+
+
 def rounds_misfits(recipe: Recipe) -> Iterator[Misfit]:
     """Yields what is wrong between keys that are right by themselves: the keys involved and the complaint."""
     if not goes_by_rounds(recipe):
@@ -69,6 +93,7 @@ def rounds_misfits(recipe: Recipe) -> Iterator[Misfit]:
     yield from _interval_misfits(recipe)
     yield from _rule_misfits(recipe)
     yield from _participation_misfits(recipe)
+    yield from _hiding_misfits(recipe)
     yield from _checking_misfits(recipe)
     yield from _elsewhere_misfits(recipe)
 
@@ -142,6 +167,65 @@ def _participation_misfits(recipe: Recipe) -> Iterator[Misfit]:
         if value is not None and value > fewest:
             keys = (f"{key}.{name}", "split.tiers")
             yield keys, f"{key}.{name}: {value} is more than the {fewest} clients of a server; use at most {fewest}"
+
+
+def hides(recipe: Recipe) -> bool:
+    """Whether clients send words that are summed, masked or with noise to come."""
+    return goes_by_rounds(recipe) and (recipe.rounds.secure.aggregate or recipe.rounds.privacy.clip is not None)
+
+
+def _hiding_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    """What needs more of each client than a sum of all."""
+    rounds, secure = recipe.rounds, recipe.rounds.secure
+    if rounds.privacy.noise and rounds.privacy.clip is None:
+        keys: tuple[str, ...] = ("rounds.privacy.noise", "rounds.privacy.clip")
+        yield keys, f"rounds.privacy.noise: {rounds.privacy.noise:g} needs rounds.privacy.clip, which bounds a client"
+    if not secure.aggregate and (secure.threshold is not None or secure.bits != 32):
+        keys = ("rounds.secure.threshold", "rounds.secure.aggregate")
+        yield keys, "rounds.secure: threshold and bits need rounds.secure.aggregate: true; leave them out"
+    if not hides(recipe):
+        return
+    key = "rounds.secure.aggregate: true" if secure.aggregate else f"rounds.privacy.clip: {rounds.privacy.clip:g}"
+    place = "rounds.secure.aggregate" if secure.aggregate else "rounds.privacy.clip"
+    why = "of which a server knows only the sum of all clients"
+    if rounds.rule not in ("fedavg", "ffa", "rolora"):
+        what = "orders values" if rounds.rule in ("trimmed_mean", "median") else "needs products of B and A"
+        advice = "use fedavg, ffa or rolora"
+        yield (place, "rounds.rule"), f"{key} with rounds.rule: {rounds.rule}, which {what} of each client; {advice}"
+    for name, wanted, found in (
+        ("weights", "equal", rounds.weights),
+        ("moments", "keep or reset", "" if rounds.moments != "average" else rounds.moments),
+    ):
+        if found not in (wanted, ""):
+            yield (place, f"rounds.{name}"), f"{key} with rounds.{name}: {found}, {why}; use {name}: {wanted}"
+    for name in ("clip_update", "reject_beyond"):
+        if getattr(rounds, name) is not None:
+            yield (place, f"rounds.{name}"), f"{key} with rounds.{name}, which looks at each update; leave it out"
+    lowest = next(iter(recipe.split.tiers))
+    if recipe.lora.tiers is not None and lowest not in recipe.lora.tiers:
+        yield (place, "lora.tiers"), f"{key} needs clients that train; add {lowest} to lora.tiers"
+    if recipe.lora.adapters != "shared" or recipe.split.client_cuts or recipe.lora.dora:
+        keys = (place, "lora.adapters", "split.client_cuts", "lora.dora")
+        yield keys, f"{key} needs lora.adapters: shared, one cut and no DoRA: all clients sum the same tensors"
+    yield from _group_misfits(recipe)
+
+
+def _group_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    """Groups that are too small to hide anybody in."""
+    secure, wanted = recipe.rounds.secure, recipe.rounds.participation
+    counts = [*recipe.split.tiers.values(), 1]
+    fewest = counts[0] // (counts[1] if len(recipe.split.tiers) > 1 else 1)
+    if not secure.aggregate:
+        return
+    if wanted.policy == "poisson":
+        keys: tuple[str, ...] = ("rounds.secure.aggregate", "rounds.participation.policy")
+        yield keys, "rounds.secure.aggregate: true with poisson, which may draw fewer than can be hidden; use random"
+    if fewest < 2:
+        keys = ("rounds.secure.aggregate", "split.tiers")
+        yield keys, "rounds.secure.aggregate: true needs two clients or more of each server: one is its own sum"
+    if secure.threshold is not None and not fewest >= secure.threshold > fewest / 2 + 0.5 * (fewest > 2) - 0.5:
+        keys = ("rounds.secure.threshold", "split.tiers")
+        yield keys, f"rounds.secure.threshold: {secure.threshold} is not more than half of {fewest} and at most that"
 
 
 def _checking_misfits(recipe: Recipe) -> Iterator[Misfit]:

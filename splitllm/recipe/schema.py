@@ -222,6 +222,29 @@ class ParticipationRecipe(Section):
     minimum: Count = 1
 
 
+class SecureRecipe(Section):
+    """Sums of which the server right above clients sees no summand (secure aggregation, doi 10.1145/3133956.3133982).
+
+    `threshold` members have to be left (null: more than half); values beyond `range` are clipped; words have `bits`.
+    """
+
+    aggregate: Switch = False
+    threshold: Count | None = None
+    range: Positive = 8.0
+    bits: Literal[32, 64] = 32
+
+
+class PrivacyRecipe(Section):
+    """Differential privacy of users in rounds (DP-FedAvg, arXiv 1710.06963): changes clipped to `clip`, noise on sums.
+
+    `noise` is the deviation as a multiple of `clip`; `delta` is that of the epsilon which is told.
+    """
+
+    clip: Positive | None = None
+    noise: NotNegative = 0.0
+    delta: Fraction = 1.0e-5
+
+
 class RoundsRecipe(Section):
     """Replicas that train adapters of their own, and when and how those are averaged. Intervals are in steps.
 
@@ -241,6 +264,8 @@ class RoundsRecipe(Section):
     clip_update: Positive | None = None
     reject_beyond: Positive | None = None
     participation: ParticipationRecipe = Field(default_factory=ParticipationRecipe)
+    secure: SecureRecipe = Field(default_factory=SecureRecipe)
+    privacy: PrivacyRecipe = Field(default_factory=PrivacyRecipe)
     exchange: PlaceHere | None = None
 
 

@@ -20,6 +20,7 @@ from splitllm.model.shard import Shard
 from splitllm.model.tenants import Tenants
 from splitllm.model.trainable import Trainable
 from splitllm.recipe import LoraRecipe, Recipe, client_cuts, client_names, clients_below, lora_of, own_blocks
+from splitllm.recipe.rounds import hides
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 Parameters = dict[str, nn.Parameter]
@@ -103,7 +104,7 @@ class Adapters:
         return found
 
     def _trainable(self, parameters: Mapping[str, nn.Parameter]) -> Trainable:
-        return Trainable(parameters, self.recipe.train.optimizer, self.recipe.rounds.prox)
+        return Trainable(parameters, self.recipe.train.optimizer, self.recipe.rounds.prox, anchored=hides(self.recipe))
 
     def _started(self, shard: Shard) -> Parameters:
         """The adapter that was put into a shard, where it trains, as the run starts it."""

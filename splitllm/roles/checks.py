@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from splitllm.errors import PeerError
+from splitllm.roles.hidden import PHASES
 from splitllm.roles.round_checks import FLOATS, RoundBounds, are_reports, are_weights
 from splitllm.roles.together import ADAPTER_SLOT, LARGEST_NORM, SLOTS, is_loss, is_number
 from splitllm.wire.message import Message
@@ -213,6 +214,21 @@ def _round(allowed: Allowed, child: Child, message: Message) -> None:
         fits = _whole(each, 1, 1 << 53) if bounds.level == 1 else are_weights(each, bounds.levels)
         _need(fits, message, f"{bounds.counted} of client {client} that are none")
     _need(are_reports(message.header.get("reports", [])), message, "reports that are none")
+    if bounds.level == 1 and message.header.get("spoiled") is True and not message.tensors:
+        return
+    fault = bounds.value_fault(message.step, message.tensors, child.averaged)
+    _need(fault is None, message, str(fault))
+
+
+def _secure(allowed: Allowed, child: Child, message: Message) -> None:
+    bounds = allowed.rounds
+    due = bounds is not None and bounds.words is not None and bounds.due(message.step) > 0
+    _need(due, message, f"step {message.step}, where nothing is masked")
+    assert bounds is not None
+    _need(message.header.get("phase") in PHASES, message, "no phase")
+    _mapping(message, "said")
+    masked = message.header["phase"] == "masked"
+    _need(set(message.tensors) == ({"words"} if masked else set()), message, "words in another phase than theirs")
     fault = bounds.value_fault(message.step, message.tensors, child.averaged)
     _need(fault is None, message, str(fault))
 
@@ -242,7 +258,7 @@ def _diverged(_allowed: Allowed, _child: Child, message: Message) -> None:
     _need(fits, message, "words that are no line")
 
 
-_WITH_TENSORS = frozenset({"share", "forward", "backward", "close", "round", "finish"})
+_WITH_TENSORS = frozenset({"share", "forward", "backward", "close", "secure", "round", "finish"})
 _CHECKS: dict[str, Callable[[Allowed, Child, Message], None]] = {
     "join": _join,
     "share": _share,
@@ -250,6 +266,7 @@ _CHECKS: dict[str, Callable[[Allowed, Child, Message], None]] = {
     "forward": _forward,
     "backward": _backward,
     "close": _close,
+    "secure": _secure,
     "round": _round,
     "evaluated": _evaluated,
     "finish": _finish,

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 
 from splitllm.data.batching import BatchStream, MicroBatch
+from splitllm.federated.averager import is_finite
 from splitllm.model.joined import Rows
 from splitllm.model.randomness import MicroBatchId
+from splitllm.model.trainable import Tensors
 from splitllm.roles.closing import Closing, Settled, apply
 from splitllm.roles.device import Device, Inline
+from splitllm.roles.hidden import hidden_round
 from splitllm.roles.local import Local
 from splitllm.roles.rounds import Rounds, is_void, outcome_in
 from splitllm.roles.together import (
@@ -108,7 +111,7 @@ class Client:
         self.accumulate, self.in_flight, self.schedule = accumulate, in_flight, schedule
         self.name_rows, self.local, self.rounds = name_rows, local, rounds
         self.device, self.commit, self.generation = device or Inline(), commit, 0
-        self._crossed = Crossed(uplink.traffic)
+        self._crossed, self._takes_part = Crossed(uplink.traffic), True
 
     async def step(self, step: int) -> StepReport:
         """One step: open, run the micro-batches, close."""
@@ -117,6 +120,7 @@ class Client:
         if self.rounds is not None:
             self.rounds.begin(step)
         weight = await self._open(ids, [batch.labels for batch in batches])
+        self._takes_part = weight is not None
         if weight is None:  # others take part in this step
             self.worker.expect([])
             return replace(StepReport(0.0, 0, 0), norm=await self._close(ids[0], StepReport(0.0, 0, 0), 0.0))
@@ -254,8 +258,23 @@ class Client:
     async def _round(self, rounds: Rounds, steps: int, due: int) -> None:
         """Send what it has, go on from the average."""
         value = await self.device.run(lambda: rounds.value(due))
-        header = {"examples": {self.index: len(self.stream)}}
-        reply = await self.uplink.request(self.message("round", (steps, self.index, 0), header, value))
+        reply = await self._sent(rounds, value, steps)
         if not is_void(reply):
             outcome = outcome_in(reply, value, rounds.arithmetic)
             await self.device.run(lambda: rounds.take(outcome, due, steps))
+
+    async def _sent(self, rounds: Rounds, value: Tensors, steps: int) -> Message:
+        """Bring what it has to the round, hidden if the recipe says so; the answer."""
+        examples, hiding = {self.index: len(self.stream)}, rounds.hiding
+
+        async def ask(kind: Kind, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Message:
+            return await self.uplink.request(self.message(kind, (steps, self.index, 0), header, tensors))
+
+        if hiding is None:
+            spoiled = not is_finite(value)  # nothing that is not finite travels
+            return await ask("round", {"examples": examples, "spoiled": spoiled}, {} if spoiled else value)
+        if not self._takes_part:
+            return await ask("round", {"examples": examples}, {})
+        words = await self.device.run(lambda: rounds.words(value))
+        terms = None if hiding.threshold is None else hiding.terms(steps, self.generation, len(words))
+        return await hidden_round(terms, ask, self.name, words, examples)

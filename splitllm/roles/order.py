@@ -53,9 +53,10 @@ class Order:
         due = 0 if kind == "share" else self._step
         if step != due:
             raise PeerError(f"{sender} sent {kind} of step {step}, where {due} is due")
-        if (kind == "round") != (sender in self._owes_round):
-            raise PeerError(f"{sender} sent {kind}, where {'a' if kind != 'round' else 'no'} round is due")
-        if kind == "round":
+        of_round = kind in ("secure", "round")
+        if of_round != (sender in self._owes_round):
+            raise PeerError(f"{sender} sent {kind}, where {'no' if of_round else 'a'} round is due")
+        if of_round:
             return
         if (kind == "close") != self._is_open:
             raise PeerError(f"{sender} sent {kind}, but step {due} is {'' if self._is_open else 'not '}open")

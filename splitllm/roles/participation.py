@@ -19,7 +19,7 @@ from splitllm.policy.participation import Asked, Rules, select
 from splitllm.policy.sampling import Draw
 from splitllm.recipe import Recipe, intervals
 
-COUNTS, HISTORY = "counts", "history"
+COUNTS, HELD, HISTORY = "counts", "held", "history"
 
 
 @dataclass
@@ -46,12 +46,14 @@ class Participation:
         names: client -> its name, of those below this server.
         clock: seconds, for what clients take.
         history: what is known of them, for the policy `oort`.
+        rounds_held: so far, void ones not.
     """
 
     recipe: Recipe
     names: Mapping[int, str]
     clock: Callable[[], float] = time.monotonic
     history: History = field(default_factory=History)
+    rounds_held: int = 0
 
     def __post_init__(self) -> None:
         """Nobody counts yet."""
@@ -112,6 +114,7 @@ class Participation:
             left_out: whose updates are not in the average.
             examples: client -> rows that it has.
         """
+        self.rounds_held += 1
         for client, counts in self._counts.items():
             self._counts[client] = [0.0] * due + counts[due:]
         asked, lessons = self.asked(step), self._lessons
@@ -130,12 +133,17 @@ class Participation:
         """All that a resumed run needs."""
         counts = [self._counts[client] for client in sorted(self._counts)]
         text = np.frombuffer(json.dumps(to_json(self.history)).encode(), dtype=np.uint8)
-        return {COUNTS: torch.tensor(counts, dtype=torch.float64), HISTORY: torch.from_numpy(text.copy())}
+        return {
+            COUNTS: torch.tensor(counts, dtype=torch.float64),
+            HELD: torch.tensor(self.rounds_held),
+            HISTORY: torch.from_numpy(text.copy()),
+        }
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Be as a `state()` tells."""
         rows: list[list[float]] = tensors[COUNTS].tolist()
         self._counts = dict(zip(sorted(self._counts), rows, strict=True))
+        self.rounds_held = int(tensors[HELD])
         self.history = from_json(json.loads(tensors[HISTORY].cpu().numpy().tobytes()))
         self._asked, self._lessons = (-1, frozenset()), {}
 

@@ -30,6 +30,7 @@ class RoundBounds:
         frozen: whether averages add to frozen weights.
         anew: whether that is all that is left of an average, and adapters start anew.
         moments: whether the optimiser's moments travel.
+        words: of what clients add to a sum, instead of values; None: they send values.
     """
 
     levels: int
@@ -40,6 +41,7 @@ class RoundBounds:
     frozen: bool
     anew: bool
     moments: bool
+    words: torch.dtype | None = None
 
     @property
     def counted(self) -> str:
@@ -54,6 +56,8 @@ class RoundBounds:
             tensors: the value.
             averaged: adapter tensors of the child that are averaged -> shape.
         """
+        if self.words is not None:
+            return self._words_fault(tensors, averaged)
         due, side = self.due(steps), self.side(steps - 1)
         wanted = {n: s for n, s in averaged.items() if side is None or f".lora_{side}." in n}
         if self.level > due:
@@ -62,6 +66,16 @@ class RoundBounds:
             if (fault := self._tensor_fault(key, tensor, wanted)) is not None:
                 return fault
         return self._missing(tensors, wanted)
+
+    def _words_fault(self, tensors: Mapping[str, torch.Tensor], averaged: Shapes) -> str | None:
+        """All words, or none of one that takes no part or has sent them before."""
+        most = sum(shape.numel() for shape in averaged.values())
+        if tensors.keys() - {"words"}:
+            return f"{sorted(tensors)[0][:200]!r}, where words are due"
+        words = tensors.get("words")
+        if words is not None and (words.dtype != self.words or words.dim() != 1 or words.numel() > most):
+            return f"words of {words.dtype} {list(words.shape)}"
+        return None
 
     def adapter_fault(self, tensors: Mapping[str, torch.Tensor], held: Shapes) -> str | None:
         """What is wrong with the adapter at the end of the run, in the same words."""
@@ -125,13 +139,17 @@ def are_reports(value: Any) -> bool:
 
 
 def _is_report(value: Any) -> bool:
-    keys = {"role", "level", "updates", "error", "frozen_rank", "rejected", "void"}
+    keys = {"role", "level", "updates", "error", "frozen_rank", "rejected", "void", "epsilon"}
     if not isinstance(value, dict) or value.keys() != keys or not _is_line(value["role"]):
         return False
     rejected = value["rejected"]
     void = value["void"] is None or _is_line(value["void"])
     said = void and isinstance(rejected, dict) and all(_is_line(n) and _is_line(why) for n, why in rejected.items())
-    return said and all(is_number(value[key]) for key in ("level", "updates", "error", "frozen_rank"))
+    return (
+        said
+        and all(is_number(value[key]) for key in ("level", "updates", "frozen_rank"))
+        and all(value[key] is None or is_number(value[key]) for key in ("error", "epsilon"))
+    )
 
 
 def _is_line(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from splitllm.model.export import load_adapter
 from splitllm.model.families import layout_of
 from splitllm.model.lora import adapter_dtype, adapter_shapes, block_of, in_model, initial_a, scaling_of
 from splitllm.model.naming import in_text_model
+from splitllm.privacy.fixedpoint import FixedPoint
 from splitllm.recipe import (
     LoraRecipe,
     Recipe,
@@ -25,15 +27,19 @@ from splitllm.recipe import (
     children_of,
     client_names,
     clients_below,
+    fingerprint,
     goes_by_rounds,
     intervals,
     lora_of,
+    parent_of,
     role_bounds,
     role_names,
     tier_of,
 )
+from splitllm.recipe.rounds import hides
 from splitllm.roles.adapters import DTYPES
 from splitllm.roles.elsewhere import Elsewhere
+from splitllm.roles.hidden import Hiding
 from splitllm.roles.local import Local
 from splitllm.roles.participation import Participation
 from splitllm.roles.rounds import Kept, Rounds
@@ -91,6 +97,33 @@ class Rounding:
             names=client_names(self.recipe),
             stops=self._stops(name, level, worker),
             participation=participation,
+            hiding=self._hiding(name, level, worker),
+        )
+
+    def _hiding(self, name: str, level: int, worker: Worker | None) -> Hiding | None:
+        """What a client, or the server right above clients, has agreed on."""
+        if level > 1 or not hides(self.recipe):
+            return None
+        recipe, rounds = self.recipe, self.recipe.rounds
+        tiers = len(recipe.split.tiers)
+        server = str(parent_of(recipe, name)) if level == 0 and tiers > 1 else name if tiers > 1 else "coordinator"
+        clients = len(clients_below(recipe, server)) if tiers > 1 else len(client_names(recipe))
+        secure, private, some = rounds.secure, rounds.privacy, rounds.participation
+        fixed = FixedPoint.finest(private.clip or secure.range, clients, secure.bits)
+        threshold = secure.threshold or max(2, clients // 2 + 1)
+        rate = some.share if some.policy == "poisson" else 1.0
+        asked = clients if some.policy == "all" else some.count or some.share * clients
+        return Hiding(
+            fingerprint(recipe),
+            server,
+            clients,
+            fixed,
+            threshold if secure.aggregate else None,
+            private.clip,
+            private.noise,
+            private.delta,
+            rate,
+            asked if some.policy == "poisson" else math.ceil(asked),
         )
 
     def elsewhere(self) -> Elsewhere | None:
@@ -125,7 +158,7 @@ class Rounding:
 
     def _averager(self, *, top: bool) -> Averager:
         rules = replace(self._rules, outer=self._rules.outer if top else None)
-        start = starting(self._start()) if rules.look_at_changes else {}
+        start = starting(self._start()) if rules.look_at_changes or hides(self.recipe) else {}
         return Averager(rules.arithmetic, rules.limits, rules.outer, start)
 
     @property

@@ -8,19 +8,21 @@ the top in every round; adapters only to the level that is due (`recipe/rounds.p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from splitllm.errors import AverageError, DivergedError, PeerError
-from splitllm.federated.averager import Averager
+from splitllm.federated.averager import NOT_FINITE, Averager
 from splitllm.federated.factors import LowRank, stacked
 from splitllm.federated.rounds import ADAPTER, FROZEN, A, Arithmetic, B, Combined, Tensors, Update, compact
 from splitllm.model.lora import initial_a
 from splitllm.model.trainable import Trainable
+from splitllm.privacy.fixedpoint import Words
 from splitllm.recipe import Recipe, level_due, side_that_trains
+from splitllm.roles.hidden import Hiding, summed
 from splitllm.roles.participation import Participation
 from splitllm.roles.together import answered
 from splitllm.roles.worker import Worker
@@ -58,12 +60,14 @@ class Outcome:
         rejected: who was left out -> why.
         updates: that were averaged.
         void: why it does not count; None: it does.
+        epsilon: that all rounds of this server so far have cost, where there is noise.
     """
 
     combined: Combined | None
     rejected: Mapping[str, str]
     updates: int
     void: str | None = None
+    epsilon: float | None = None
 
 
 @dataclass
@@ -104,6 +108,7 @@ class Rounds:
         names: of the clients, by number.
         stops: role right below -> the block after the last that it holds.
         participation: of a server right above clients.
+        hiding: how clients and the server right above them hide what each sends; None: they do not.
     """
 
     recipe: Recipe
@@ -120,6 +125,7 @@ class Rounds:
     names: Sequence[str] = ()
     stops: Mapping[str, int] = field(default_factory=dict)
     participation: Participation | None = None
+    hiding: Hiding | None = None
 
     def due(self, steps: int) -> int:
         """The highest level that averages after so many steps, or 0."""
@@ -135,12 +141,17 @@ class Rounds:
 
     def value(self, due: int) -> Tensors:
         """What a client sends up."""
-        (value,) = self.values(due)
-        return value
+        return largest(self.values(due))
 
     def values(self, due: int) -> list[Tensors]:
         """Of all that is trained here."""
         return [self._sent(holder, due) for holder in self._holders()]
+
+    def uncounted(self, messages: Sequence[Message]) -> Tensors:
+        """What goes up where nothing was averaged, so that the outcome of others comes down: it counts nothing."""
+        steps = messages[0].step
+        below = [m.tensors for m in messages] if self.hiding is None else [self.summed_tensors(steps)]
+        return largest([*below, *self.values(self.due(steps))])
 
     def updates(
         self, children: Iterable[tuple[str, Sequence[int], Tensors]], weights: Weights, due: int
@@ -161,6 +172,29 @@ class Rounds:
             else:
                 found += self._by_weight(holder.sender, value, now)
         return [update for update in found if update.weight > 0 and update.tensors]
+
+    def words(self, value: Tensors) -> Words:
+        """What a client adds to a sum instead of its value."""
+        assert self.hiding is not None and self.worker is not None
+        anchor = {ADAPTER + name: tensor for name, tensor in self.worker.trainable.anchor().items()}
+        return self.hiding.words_of(value, anchor, self.name)
+
+    def summed_tensors(self, steps: int) -> Tensors:
+        """What clients add up in a round, as it was handed out last."""
+        assert self.averager is not None
+        side, stop = side_that_trains(self.recipe, steps - 1), min(self.stops.values())
+        given = self.averager.given().items()
+        names = {key: tensor for key, tensor in given if self._is_summed(key.partition("/")[2], stop)}
+        return {key: tensor for key, tensor in names.items() if side is None or f".lora_{side}." in key}
+
+    def sum_of(self, messages: Sequence[Message]) -> Words:
+        """Of words that are not masked."""
+        assert self.hiding is not None
+        size = sum(tensor.numel() for tensor in self.summed_tensors(messages[0].step).values())
+        return summed(messages, self.hiding.fixed.dtype, size)
+
+    def _is_summed(self, name: str, stop: int) -> bool:
+        return self.block(name) in self.blocks and self.block(name) < stop
 
     def take(self, value: Mapping[str, torch.Tensor], due: int, steps: int) -> None:
         """Go on from the outcome."""
@@ -190,28 +224,34 @@ class Rounds:
     def report(self, outcome: Outcome) -> dict[str, Any]:
         """What is told of an average."""
         value = {} if outcome.combined is None else outcome.combined.value
+        error = 0.0 if outcome.combined is None else outcome.combined.error
         ranks = [t.shape[0] for name, t in value.items() if name.startswith(FROZEN) and name.endswith(A)]
         return {
             "role": self.name,
             "level": self.level,
             "updates": outcome.updates,
-            "error": 0.0 if outcome.combined is None else outcome.combined.error,
+            "error": error if self.hiding is None else None,
             "frozen_rank": max(ranks, default=0),
             "rejected": dict(outcome.rejected),
             "void": outcome.void,
+            "epsilon": outcome.epsilon,
         }
 
     def concerns(self, name: str, child: str) -> bool:
         """Whether a tensor of an outcome is of a block that a child or somebody below it holds."""
         return self.block(name.partition("/")[2]) < self.stops[child]
 
-    def is_void(self, updates: Sequence[Update], rejected: Mapping[str, str]) -> str | None:
+    def _usable(self, weights: Weights, rejected: Mapping[str, str]) -> int:
+        """Clients that took part and were not left out."""
+        took_part = [client for client, each in weights.items() if each[self.level - 1] > 0]
+        return sum(self.names[client] not in rejected for client in took_part)
+
+    def is_void(self, usable: int) -> str | None:
         """Why a round right above clients does not count, if so many updates are too few; None: it does."""
-        senders = {update.sender for update in updates} - rejected.keys() - {self.name}
         least = self.recipe.rounds.participation.minimum if self.level == 1 else 1
-        if len(senders) >= least:
+        if usable >= least:
             return None
-        return f"{len(senders)} usable updates, where rounds.participation.minimum is {least}"
+        return f"{usable} usable updates, where rounds.participation.minimum is {least}"
 
     def adapter(self) -> Tensors:
         """What is trained here by its names in an adapter file, and `frozen/NAME`; under rules of any rank scaled.
@@ -239,22 +279,47 @@ class Rounds:
                 for holder in members:
                     self._renew(holder, combined.value, due, 0)
 
-    def average(self, children: Iterable[tuple[str, Sequence[int], Tensors]], weights: Weights, due: int) -> Outcome:
+    def average(
+        self,
+        children: Iterable[tuple[str, Sequence[int], Tensors]],
+        weights: Weights,
+        due: int,
+        spoiled: Collection[str] = (),
+    ) -> Outcome:
         """What stands for all that a server has to average; the arguments are those of `updates`.
+
+        Args:
+            children: as there.
+            weights: as there.
+            due: as there.
+            spoiled: children that say that what they have is not finite.
 
         Raises:
             DivergedError: nothing of what came is finite.
         """
         assert self.averager is not None
-        updates = self.updates(children, weights, due)
+        updates, unusable = self.updates(children, weights, due), dict.fromkeys(spoiled, NOT_FINITE)
+        if not updates and unusable:
+            raise DivergedError(
+                f"nothing is left to average ({', '.join(unusable)}: not finite); lower the learning rate"
+            )
         if not updates:
             return Outcome(None, {}, 0, "nobody took part")
         try:
             combined, rejected = self.averager.combine(updates)
         except AverageError as error:
             raise DivergedError(str(error)) from error
-        left = {update.sender for update in updates} - rejected.keys()
-        return Outcome(combined, rejected, len(left), self.is_void(updates, rejected))
+        left, rejected = {update.sender for update in updates} - rejected.keys(), unusable | rejected
+        return Outcome(combined, rejected, len(left), self.is_void(self._usable(weights, rejected)))
+
+    def average_hidden(self, words: Words, weights: Weights, due: int, steps: int) -> Outcome:
+        """The same of the sum of what clients have added."""
+        assert self.hiding is not None and self.participation is not None
+        members = [client for client, each in weights.items() if each[self.level - 1] > 0]
+        value = self.hiding.mean(words, len(members), self.summed_tensors(steps))
+        made = self.average([("the clients' sum", members, value)], weights, due)
+        spent = self.hiding.spent(self.participation.rounds_held + 1)
+        return replace(made, updates=len(members), epsilon=spent)
 
     def _holders(self) -> list[Holder]:
         """What is trained here."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from splitllm.errors import PeerError
+from splitllm.errors import PeerError, VoidRoundError
 from splitllm.model.common import Gift
 from splitllm.model.joined import Rows
 from splitllm.model.randomness import MicroBatchId
@@ -24,9 +24,10 @@ from splitllm.roles.closing import Closing, Settled, apply, scale_of, settle
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.elsewhere import Elsewhere
 from splitllm.roles.local import Local, LocalStep
+from splitllm.roles.masked import MaskedRounds
 from splitllm.roles.meeting import Meeting
 from splitllm.roles.questions import LossAsk, Upward, labelled
-from splitllm.roles.rounds import Outcome, Rounds, Weights, is_void, largest, outcome_in
+from splitllm.roles.rounds import Outcome, Rounds, Weights, is_void, outcome_in
 from splitllm.roles.runner import Batching, Runner
 from splitllm.roles.together import (
     Crossed,
@@ -157,7 +158,7 @@ class Server:
         """Start afresh with these children: whatever was under way is forgotten."""
         self.generation = generation
         self._opening, self._closing = Meeting(children, self._open), Meeting(children, self._close)
-        self._rounding = Meeting(children, self._round)
+        self._rounding, self._masking = Meeting(children, self._round), MaskedRounds(self.rounds, self.message)
         self._weights: LossWeights = {}
         self._scales: dict[int, float] = {}
         self._labels: dict[int, int] = {}
@@ -183,6 +184,8 @@ class Server:
             return await self._closing.join(message)
         if message.kind == "round":
             return await self._rounding.join(message)
+        if message.kind == "secure":
+            return await self._masking.phase(message)
         if message.kind == "forward":
             return await self._forward(message)
         if message.kind == "backward":
@@ -404,8 +407,7 @@ class Server:
         reports: Reports = [report for message in messages for report in message.header.get("reports", [])]
         averages, made = rounds.level <= due, Outcome(None, {}, 0)
         if averages:
-            children = [(m.sender, rounds.clients_in(m), dict(m.tensors)) for m in messages]
-            made = await self.device.run(lambda: rounds.average(children, weights, due))
+            made = await self.device.run(lambda: self._average(rounds, messages, weights))
             reports.append(rounds.report(made))
         else:
             await self.device.run(lambda: rounds.average_groups(weights, due))
@@ -423,6 +425,19 @@ class Server:
 
         return reply
 
+    def _average(self, rounds: Rounds, messages: list[Message], weights: Weights) -> Outcome:
+        steps = messages[0].step
+        if rounds.hiding is None:
+            children = [(m.sender, rounds.clients_in(m), dict(m.tensors)) for m in messages]
+            spoiled = [message.sender for message in messages if message.header.get("spoiled")]
+            return rounds.average(children, weights, rounds.due(steps), spoiled)
+        there = [m for m in messages if any(weights[client][0] > 0 for client in rounds.clients_in(m))]
+        try:
+            words = self._masking.total(there) if rounds.hiding.threshold else rounds.sum_of(there)
+        except VoidRoundError as error:
+            return Outcome(None, {}, 0, str(error))
+        return rounds.average_hidden(words, weights, rounds.due(steps), steps)
+
     async def _outcome(
         self, rounds: Rounds, messages: list[Message], made: Outcome, weights: Weights, reports: Reports
     ) -> Tensors | None:
@@ -432,7 +447,7 @@ class Server:
         goes_up = rounds.level < due
         if goes_up and (made.void or own is None):
             weights = {client: [0.0] * len(each) for client, each in weights.items()}
-            own = own if own is not None else largest([*(m.tensors for m in messages), *rounds.values(due)])
+            own = own if own is not None else rounds.uncounted(messages)
         sent = dict(own) if goes_up and own is not None else {}
         if self.top is None:
             assert self.uplink is not None

@@ -66,7 +66,7 @@ def log_round(metrics: Metrics, step: int, reports: Sequence[Mapping[str, Any]])
     for report in reports:
         metrics.log("round", step=step, **report)
         if report["void"] is not None:
-            metrics.say(f"step {step}: the round of {report['role']} is void ({report['void']}); the next repeats it")
+            metrics.say(f"step {step}: the round of {report['role']} is void ({report['void']})")
         for sender, reason in report["rejected"].items():
             metrics.say(f"step {step}: {report['role']} left {sender} out of its average ({reason})")
 

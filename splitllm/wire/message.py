@@ -10,6 +10,7 @@ Tensors hold real tokens only, never padding. Suffixes: T real tokens of a micro
 | forward | hidden_TD, positions_N, and targets_N unless the labels stay | gradient_TD and loss, or rows_ND |
 | backward | gradient_ND (labels stay with the client) | gradient_TD |
 | close | squared norms, the replicas' summed gradients, losses | total norm, factors, the sums over all replicas |
+| secure | of a client, what hides its words in the sum of a round | what the others sent of that |
 | round | adapters and what they weigh, as far up as averages are due | what all holders go on from |
 | evaluated | held-out losses of every client | |
 | finish | the adapters of the tiers below | |
@@ -26,9 +27,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Kind = Literal["join", "share", "open", "forward", "backward", "close", "round", "evaluated", "finish", "diverged"]
+Kind = Literal[
+    "join", "share", "open", "forward", "backward", "close", "secure", "round", "evaluated", "finish", "diverged"
+]
 KINDS: tuple[str, ...] = get_args(Kind)
-TOGETHER = frozenset({"join", "share", "open", "close", "round", "evaluated", "finish"})
+TOGETHER = frozenset({"join", "share", "open", "close", "secure", "round", "evaluated", "finish"})
 """Kinds that are answered when every child that takes part has sent its own."""
 
 

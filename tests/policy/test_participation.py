@@ -68,8 +68,9 @@ def test_all_are_all() -> None:
 
 def test_with_too_few_no_round_begins_and_the_remedy_is_said() -> None:
     assert select(Rules(minimum=3), ["client-1", "client-4"], Draw(0, 7)) == TooFew(
-        "round 7 cannot begin: 2 of the at least 3 clients of rounds.minimum are there (client-1, client-4): "
-        "start more clients, or lower rounds.minimum"
+        "round 7 cannot begin: 2 of the at least 3 clients of rounds.participation.minimum "
+        "are there (client-1, client-4): "
+        "start more clients, or lower rounds.participation.minimum"
     )
     none = select(Rules(), [], Draw(0, 7))
     assert isinstance(none, TooFew) and "(nobody)" in none.line

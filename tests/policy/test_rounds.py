@@ -176,8 +176,10 @@ def test_the_deadline_closes_it_with_the_minimum() -> None:
 
 def test_below_the_minimum_the_deadline_voids_it_and_says_who_was_missing() -> None:
     assert decide(leave(counted(four(), "a"), ["c"]), 1060.0) == Void(
-        "round 7, attempt 2 is void and repeated: 1 of at least 2 clients arrived within the 60 s of rounds.deadline; "
-        "missing: b, c (left), d. Raise rounds.deadline or lower rounds.minimum if that happens often",
+        "round 7, attempt 2 is void and repeated: 1 of at least 2 clients arrived "
+        "within the 60 s of rounds.participation.deadline; "
+        "missing: b, c (left), d. Raise rounds.participation.deadline or lower "
+        "rounds.participation.minimum if that happens often",
         ("b", "c", "d"),
     )
 

@@ -465,3 +465,10 @@ def test_who_takes_part_is_the_same_in_a_resumed_run(folder: Path, tmp_path: Pat
     assert takes_part(seen) == {5: before[5]}
     resumed = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(adapter[name], resumed[name]) for name in adapter)
+
+
+@pytest.mark.parametrize("tiers", ["[edge, cloud]", "[client]"])
+def test_tiers_that_do_not_train_take_part_without_an_adapter(folder: Path, tmp_path: Path, tiers: str) -> None:
+    every = [*TREES["three tiers"], LOCAL, "rounds.edge_every=1", "rounds.cloud_every=2", f"lora.tiers={tiers}"]
+    adapter = run(folder, tmp_path, *every, "train.verify_adapter=true")
+    assert {name.split(".h.")[1][0] for name in adapter} == ({"1", "2", "3"} if "edge" in tiers else {"0"})

@@ -1,0 +1,229 @@
+"""Rounds in which a server sees no client's adapter: sums of masked words, and noise on them.
+
+Both are of the average right above clients; further up averages travel as in any round. Words are integers, so a sum
+is exact, with masks and without (`privacy/secagg.py`, `privacy/dp.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from splitllm.errors import PeerError
+from splitllm.model.trainable import Tensors
+from splitllm.privacy.dp import add_noise, clip_update, epsilon
+from splitllm.privacy.fixedpoint import FixedPoint, Words
+from splitllm.privacy.group import Group
+from splitllm.privacy.member import Member
+from splitllm.privacy.messages import (
+    Delivery,
+    Keys,
+    Masked,
+    Roster,
+    Shares,
+    Survivors,
+    Unmasking,
+    from_header,
+    to_header,
+)
+from splitllm.privacy.secagg import Terms
+from splitllm.privacy.vectors import flatten, unflatten
+from splitllm.wire.message import Kind, Message
+
+logger = logging.getLogger(__name__)
+WORDS = "words"
+PHASES = ("keys", "shares", "masked")
+Shapes = Mapping[str, tuple[int, ...]]
+Ask = Callable[[Kind, Mapping[str, Any], Mapping[str, torch.Tensor]], Awaitable[Message]]
+"""Sends a message of a kind, with header and tensors."""
+
+
+@dataclass(frozen=True)
+class Hiding:
+    """What members of a group and their server have agreed on, each from its own recipe.
+
+    Attributes:
+        run: a digest of the recipe.
+        server: name of the one right above.
+        clients: below it.
+        fixed: how values are words.
+        threshold: how many members have to be left; None: nothing is masked.
+        clip: the largest norm of a client's change; None: adapters themselves are summed, not changes.
+        noise: deviation of the noise as a multiple of what one client can add.
+        delta: of (epsilon, delta)-privacy.
+        rate: with which each client takes part, drawn by itself; 1 for any other way.
+        expected: clients that a mean of changes is over, whoever comes.
+    """
+
+    run: str
+    server: str
+    clients: int
+    fixed: FixedPoint
+    threshold: int | None
+    clip: float | None
+    noise: float
+    delta: float
+    rate: float
+    expected: float
+
+    def terms(self, steps: int, generation: int, size: int) -> Terms:
+        """Of one round; one that is held again, after a recovery, has another name."""
+        assert self.threshold is not None
+        return Terms(f"{self.run}/{self.server}/{steps}/{generation}", size, self.threshold, self.fixed)
+
+    def words_of(self, value: Tensors, anchor: Tensors, name: str) -> Words:
+        """What a client adds to the sum; one whose values are not finite adds what it had after the last round.
+
+        Args:
+            value: `adapter/NAME` of what it trains.
+            anchor: the same after the last round.
+            name: of the client.
+        """
+        before = {key: anchor[key] for key in value}
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in value.values()):
+            logger.warning("not finite: adds no change to this round", extra={"fields": {"client": name}})
+            value = before
+        if self.clip is None:
+            return self.fixed.encode(flatten(value))
+        change = {key: tensor.double() - before[key].double() for key, tensor in value.items()}
+        return self.fixed.encode(flatten(clip_update(change, self.clip)[0]))
+
+    def mean(self, words: Words, members: int, given: Tensors) -> Tensors:
+        """The average that a sum stands for, noise added where it has to be.
+
+        Args:
+            words: the sum of what `members` clients added.
+            members: how many.
+            given: what all had after the last round, of the tensors that were summed.
+        """
+        total = self.fixed.integers(words)
+        if self.clip is not None:
+            total = add_noise(total, self.noise, self.clip, self.fixed)
+        count = members if self.clip is None else self.expected
+        mean = unflatten(self.fixed.decode(total) / count, {key: tuple(t.shape) for key, t in given.items()})
+        if self.clip is not None:
+            mean = {key: given[key].double().cpu() + change for key, change in mean.items()}
+        return {key: tensor.to(given[key].device, given[key].dtype) for key, tensor in mean.items()}
+
+    def spent(self, rounds: int) -> float | None:
+        """The epsilon of so many rounds; None without noise, which promises nothing."""
+        if self.clip is None or self.noise == 0:
+            return None
+        found = epsilon(self.noise, self.rate, rounds, self.delta)
+        return found if math.isfinite(found) else None
+
+
+async def hidden_round(terms: Terms | None, ask: Ask, name: str, words: Words, examples: Any) -> Message:
+    """A client's side of a round.
+
+    Args:
+        terms: of the round, where words are masked.
+        ask: sends to the server.
+        name: of the client.
+        words: that it adds.
+        examples: what the message of the round says of it.
+
+    Returns:
+        The answer to `round`.
+
+    Raises:
+        PeerError: the server breaks the protocol.
+    """
+    if terms is None:
+        return await ask("round", {"examples": examples}, {WORDS: _tensor(words)})
+    member = Member(name, terms)
+    roster = from_header(Roster, _said(await ask("secure", _phase("keys", member.keys()), {})))
+    delivery = from_header(Delivery, _said(await ask("secure", _phase("shares", member.shares(roster)), {})))
+    masked = member.masked(delivery, words)
+    reply = await ask("secure", _phase("masked", masked), {WORDS: _tensor(masked.words)})
+    unmasking = member.unmasking(from_header(Survivors, _said(reply)))
+    return await ask("round", {"examples": examples, "said": to_header(unmasking)}, {})
+
+
+class Masking:
+    """The server's side of one round of masked words.
+
+    Args:
+        terms: of the round.
+        invited: names of those who take part.
+    """
+
+    def __init__(self, terms: Terms, invited: Sequence[str]) -> None:
+        self._group, self._dtype = Group(terms, invited), terms.fixed.dtype
+
+    def phase(self, messages: Sequence[Message]) -> dict[str, dict[str, Any]]:
+        """One phase, of all who take part; what each is told, as it travels.
+
+        Raises:
+            PeerError: one of them breaks the protocol.
+            VoidRoundError: too few are left.
+        """
+        phase, names = str(messages[0].header["phase"]), [message.sender for message in messages]
+        for message in messages:
+            if message.header["phase"] != phase:
+                raise PeerError(f"{message.sender} sent {message.header['phase']}, where {phase} is due")
+            self._take({"keys": Keys, "shares": Shares, "masked": Masked}[phase], message)
+        if phase == "keys":
+            return dict.fromkeys(names, to_header(self._group.roster()))
+        if phase == "shares":
+            return {name: to_header(delivery) for name, delivery in self._group.deliveries().items()}
+        return dict.fromkeys(names, to_header(self._group.survivors()))
+
+    def total(self, messages: Sequence[Message]) -> Words:
+        """The sum, from what is said of the masks.
+
+        Raises:
+            PeerError: one of them breaks the protocol.
+            VoidRoundError: too few are left.
+        """
+        for message in messages:
+            self._take(Unmasking, message)
+        return self._group.total()
+
+    def _take(self, kind: type[Any], message: Message) -> None:
+        words = words_in(message, self._dtype) if kind is Masked else None
+        said = from_header(kind, _said(message), words)
+        if said.member != message.sender:
+            raise PeerError(f"{message.sender} sent {kind.__name__} of {str(said.member)[:80]}")
+        self._group.take(said)
+
+
+def words_in(message: Message, dtype: np.dtype[np.unsignedinteger]) -> Words:
+    """What a client adds, as it travelled."""
+    return message.tensors[WORDS].cpu().numpy().view(dtype)
+
+
+def summed(messages: Sequence[Message], dtype: np.dtype[np.unsignedinteger], size: int) -> Words:
+    """The sum of words that are not masked.
+
+    Raises:
+        PeerError: somebody sent another number of them.
+    """
+    for message in messages:
+        found = message.tensors[WORDS].numel() if WORDS in message.tensors else 0
+        if found != size:
+            raise PeerError(f"{message.sender} sent {message.kind} with {found} words, where {size} are due")
+    total: Words = np.sum([words_in(message, dtype) for message in messages], axis=0, dtype=dtype)
+    return total
+
+
+def _tensor(words: Words) -> torch.Tensor:
+    """Words as they travel: signed, since tensors are."""
+    return torch.from_numpy(words.view(np.dtype(f"int{8 * words.dtype.itemsize}")).copy())
+
+
+def _phase(name: str, said: Any) -> dict[str, Any]:
+    return {"phase": name, "said": to_header(said)}
+
+
+def _said(message: Message) -> Mapping[str, Any]:
+    said = message.header.get("said")
+    if not isinstance(said, dict):
+        raise PeerError(f"{message.sender} sent {message.kind} without what is due of masks")
+    return said
