@@ -15,10 +15,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from splitllm.errors import PeerError
+from splitllm.errors import AverageError, PeerError
 from splitllm.federated.parcels import LENGTHS, Parcel, lengths, parsed, place
 from splitllm.federated.pooling import Rules, unviewed, viewed
 from splitllm.federated.rounds import Tensors
+
+LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class Exchange:
 
         Returns:
             The outcome, on the CPU, of all that was offered; it is finite and its shapes are not checked.
+
+        Raises:
+            AverageError: the engine says that the rounds cannot go on.
         """
         views, bfloat16 = viewed(value)
         about = {"step": step, "weight": weight, "last": last, "rules": self.rules.text(), "bfloat16": bfloat16}
@@ -137,8 +142,11 @@ class Exchange:
             case "give":
                 await self._give(question.values.get("step"), question)
                 return Parcel({})
+            case "end":
+                self._fail(str(question.values.get("why"))[:LONGEST_REASON])
+                return Parcel({})
             case other:
-                raise PeerError(f"call {other!r} is unknown; the calls are take and give")
+                raise PeerError(f"call {other!r} is unknown; the calls are take, give and end")
 
     async def _take(self) -> Parcel:
         while not self._over and self._due is None:
@@ -163,6 +171,11 @@ class Exchange:
         if step != self._due.step:
             raise PeerError(f"an outcome of step {step}, and the round of step {self._due.step} is due")
         self._settle(outcome)
+
+    def _fail(self, why: str) -> None:
+        due, self._due = self._due, None
+        if due is not None and not due.outcome.done():
+            due.outcome.set_exception(AverageError(f"the rounds at {self.address} cannot go on: {why}"))
 
     def _settle(self, outcome: Tensors) -> None:
         assert self._due is not None

@@ -24,10 +24,10 @@ from safetensors.numpy import load, save
 
 from splitllm.errors import AverageError, PeerError
 from splitllm.federated.calling import Calling
-from splitllm.federated.parcels import give, take
+from splitllm.federated.parcels import end, give, take
 
 if TYPE_CHECKING:
-    from splitllm.federated.pooling import Arrays, Offer
+    from splitllm.federated.pooling import Arrays, Offer, Pooling
 
 ROUND = "train.round"
 POLL_SECONDS = 0.1
@@ -52,7 +52,9 @@ def carry(message: Message, context: Context) -> Message:
     edge, address = (_word(context.node_config, key) for key in ("edge", "exchange"))
     patience = float(context.node_config.get("patience", PATIENCE_SECONDS))
     about: dict[str, Any] = dict(message.content.config_records["about"])
-    if "step" in about:
+    if "error" in about:
+        end(address, about["error"], patience)
+    elif "step" in about:
         give(address, about["step"], about["bfloat16"], save(_arrays(message)), patience)
     if about["last"]:
         return Message(_content({"edge": edge, "over": True}, {}), reply_to=message)
@@ -76,8 +78,20 @@ def run(grid: Grid, context: Context) -> None:
     from splitllm.federated.pooling import Pooling  # loads torch
 
     edges, rounds = (_count(context.run_config, key, least) for key, least in (("edges", 1), ("rounds", 0)))
-    asking, pooling, done = _Asking(grid, Calling(edges)), Pooling(), 0
-    through = False
+    asking = _Asking(grid, Calling(edges))
+    try:
+        done = _rounds(asking, Pooling(), rounds)
+    except AverageError as error:
+        log.error("the run ends: %s", error)
+        asking.error = str(error)
+        asking.ask(last=True)
+        raise
+    log.info("through: %d rounds of %d edges", done, edges)
+
+
+def _rounds(asking: _Asking, pooling: Pooling, rounds: int) -> int:
+    """All of them; how many there were."""
+    done, through = 0, False
     while not through:
         began = time.monotonic()
         offers = asking.ask()
@@ -92,7 +106,7 @@ def run(grid: Grid, context: Context) -> None:
         through = 0 < rounds <= done or all(offer.last for offer in offers.values())
     if through:
         asking.ask(last=True)
-    log.info("through: %d rounds of %d edges", done, edges)
+    return done
 
 
 client = ClientApp()
@@ -105,12 +119,14 @@ class _Asking:
     """Asks the edges, and brings them their outcomes.
 
     Attributes:
+        error: why the rounds cannot go on; None: they do.
         outcomes: edge -> its arrays of the last round, and which are views of bfloat16. They are kept: an edge that was
             restarted needs them again.
     """
 
     def __init__(self, grid: Grid, calling: Calling) -> None:
         self.calling = calling
+        self.error: str | None = None
         self.outcomes: dict[str, tuple[Arrays, list[str]]] = {}
         self._grid = grid
 
@@ -139,7 +155,9 @@ class _Asking:
         edge = self.calling.names.get(node)
         values: dict[str, Any] = {"last": last and edge is not None}
         arrays: Arrays = {}
-        if edge in self.outcomes:
+        if self.error is not None:
+            values |= {"error": self.error}
+        elif edge in self.outcomes:
             arrays, bfloat16 = self.outcomes[edge]
             values |= {"step": self.calling.step, "bfloat16": bfloat16}
         content, group = _content(values, arrays), str(self.calling.step)

@@ -7,6 +7,7 @@ call; values and outcomes have the names of `rounds.py`.
 |---|---|
 | `{"call": "take"}` | `{"step", "weight", "last", "rules", "bfloat16"}` and a value, when due; or `{"over": true}` |
 | `{"call": "give", "step", "bfloat16"}` and the outcome | `{}` |
+| `{"call": "end", "why"}` | `{}`: the edge is told that there is no outcome, and why |
 
 A call that fails is answered with {"error": text}. NumPy has no bfloat16: such tensors travel as uint16, and "bfloat16"
 names them. A frame is the length of the JSON (4 bytes), that of the tensors (8 bytes), big-endian, and both.
@@ -120,6 +121,20 @@ def give(address: str, step: int, bfloat16: list[str], tensors: bytes, patience:
         PeerError: the edge refused, or cannot be reached.
     """
     _called(address, Parcel({"call": "give", "step": step, "bfloat16": bfloat16}, tensors), patience)
+
+
+def end(address: str, why: str, patience: float) -> None:
+    """Tell the edge that its rounds cannot go on.
+
+    Args:
+        address: of the edge's `Exchange`.
+        why: one line.
+        patience: as that of `take`.
+
+    Raises:
+        PeerError: the edge refused, or cannot be reached.
+    """
+    _called(address, Parcel({"call": "end", "why": why}), patience)
 
 
 def _called(address: str, question: Parcel, patience: float) -> Parcel:

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from splitllm.errors import PeerError
+from splitllm.errors import AverageError, PeerError
 from splitllm.federated.exchange import Exchange
-from splitllm.federated.parcels import LENGTHS, Parcel, give, lengths, parsed, place, take
+from splitllm.federated.parcels import LENGTHS, Parcel, end, give, lengths, parsed, place, take
 from splitllm.federated.pooling import Rules, unviewed
 from splitllm.federated.rounds import Arithmetic
 from tests.processes import free_port
@@ -182,6 +182,44 @@ def test_what_is_no_frame_ends_that_connection_alone(tmp_path: Path, sent: bytes
     asyncio.run(main())
 
 
+def test_an_edge_hears_that_its_rounds_cannot_go_on(address: str) -> None:
+    async def main() -> None:
+        async with exchange_at(address) as exchange:
+            awaited = asyncio.create_task(exchange.average(4, 1.0, VALUE))
+            await aside(take, address, PATIENCE)
+            await aside(end, address, "edge-0, edge-1 have different rules", PATIENCE)
+            with pytest.raises(AverageError, match="cannot go on: edge-0, edge-1 have different rules"):
+                await awaited
+
+    asyncio.run(main())
+
+
+def test_a_start_that_the_engine_knows_already_is_told_once(tmp_path: Path) -> None:
+    """A site that was restarted before its first round is committed gets that round's outcome for its start."""
+
+    async def main() -> None:
+        address = f"unix:{tmp_path}/edge.sock"
+        async with exchange_at(address) as exchange:
+            start = asyncio.create_task(exchange.average(0, 1.0, VALUE))
+            taken = await aside(take, address, PATIENCE)
+            giving = asyncio.create_task(aside(give, address, 4, taken.values["bfloat16"], taken.tensors, PATIENCE))
+            assert torch.equal((await start)["adapter/a"], VALUE["adapter/a"])
+            assert torch.equal((await exchange.average(4, 1.0, VALUE))["adapter/b"], VALUE["adapter/b"])
+            await giving
+
+    asyncio.run(main())
+
+
+def test_an_address_that_is_in_use_is_not_taken_over(address: str) -> None:
+    async def main() -> None:
+        async with exchange_at(address):
+            with pytest.raises(OSError, match=r"use|listens"):
+                async with exchange_at(address):
+                    pass
+
+    asyncio.run(main())
+
+
 def test_an_unknown_call_is_refused(tmp_path: Path) -> None:
     async def main() -> bytes:
         address = f"unix:{tmp_path}/edge.sock"
@@ -195,7 +233,7 @@ def test_an_unknown_call_is_refused(tmp_path: Path) -> None:
     answer = asyncio.run(main())
     text, _ = lengths(answer[: LENGTHS.size])
     said = parsed(answer[LENGTHS.size :][:text], b"").values
-    assert said == {"error": "call 'drop' is unknown; the calls are take and give"}
+    assert said == {"error": "call 'drop' is unknown; the calls are take, give and end"}
 
 
 def test_an_edge_that_goes_away_is_waited_for(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from splitllm.errors import RecipeError, RunInterrupted
 from splitllm.recipe import load_recipe
 from splitllm.running.interrupt import StopSignal
 from splitllm.running.outcome import keep_recipe, restore
@@ -44,6 +45,59 @@ def run_sites(folder: Path, out: Path, words: Sequence[str] = ()) -> list[int]:
         return engine.result()
 
     return asyncio.run(asyncio.wait_for(all_of(), SECONDS))
+
+
+async def _stopped_while_it_waits(run: Run) -> None:
+    stop = StopSignal()
+    carried = asyncio.create_task(carry_out(run, stop))
+    assert run.roles.elsewhere is not None
+    while not run.roles.elsewhere.waits:
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.1)
+    stop.asked = True
+    await carried
+
+
+def one_site(folder: Path, out: Path, *words: str) -> Run:
+    recipe = load_recipe(folder / "recipe.yaml", [*site(folder, 0, f"unix:{out}/0.sock"), *words])
+    run, _ = opened_run(recipe, out / "site")
+    keep_recipe(run)
+    return run
+
+
+def test_a_site_that_waits_says_so_and_ends_when_asked_with_all_steps_before_the_round(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = one_site(folder, tmp_path, "train.checkpoint_every=100")
+    assert run.roles.elsewhere is not None
+    run.roles.elsewhere.patience = 0.05
+    with pytest.raises(RunInterrupted, match=r"stopped after step 1 of 5, which is saved in .*step-"):
+        asyncio.run(asyncio.wait_for(_stopped_while_it_waits(run), SECONDS))
+    assert "the round after step 2 has waited" in caplog.text and "an engine that takes this site's part" in caplog.text
+    again, saved = opened_run(run.recipe, tmp_path / "site", resume=True)
+    restore(again, saved)
+    assert again.step == 1
+
+
+def test_a_site_whose_address_is_in_use_says_so(folder: Path, tmp_path: Path) -> None:
+    address = "unix:/nowhere/at/all.sock"
+    run = one_site(folder, tmp_path, f"rounds.exchange={address}")
+    with pytest.raises(RecipeError, match=f"rounds.exchange: {address}: cannot listen there .*; use another path"):
+        asyncio.run(carry_out(run, StopSignal()))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rounds={exchange: 'unix:a.sock'}"], "rounds.exchange: needs rounds.replicas: local"),
+        (["rounds.exchange=10.0.0.1:80"], "rounds.exchange: '10.0.0.1:80' .*unix:PATH"),
+        (["rounds.exchange=unix:" + "a" * 108], "at most 107 bytes"),
+        (["rounds.edge_every=[1, 1]"], "1 tiers lie between clients and the other sites"),
+    ],
+)
+def test_what_a_site_cannot_be_is_refused(folder: Path, words: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(folder / "recipe.yaml", [*site(folder, 0, "unix:0.sock"), *words])
 
 
 OUTER = "rounds.outer={name: fedadam, lr: 0.1}"

@@ -87,6 +87,7 @@ LOCAL = {  # and of every key that may differ
     "wire.keepalive": 5.0,
     "server.quota.tokens_per_second": 5.0,
     "server.quota.bytes_per_second": 5.0,
+    "rounds.exchange": "unix:/other",
     "server.tenants": {"client-1": {"tokens_per_second": None, "bytes_per_second": None, "weight": 2.0}},
 }
 AT_THEIR_OWN_PACE = ["server.batching=continuous", "lora.adapters=common", "split.tiers={client: 4, edge: 1, cloud: 1}"]
