@@ -1,12 +1,13 @@
 """A stand-in for an edge's process: it trains in plain numbers, and another engine holds its rounds.
 
-python -m tests.federated.edge ADDRESS NAME ROUNDS RESULT
+python -m tests.federated.edge ADDRESS NAME ROUNDS RESULT RULE
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,10 +50,10 @@ def undisturbed(rounds: int) -> dict[str, Tensors]:
     return held
 
 
-async def main(address: str, name: str, rounds: int, result: Path) -> None:
+async def main(address: str, name: str, rounds: int, result: Path, rule: str) -> None:
     """The whole life of an edge."""
     value = start(name)
-    async with Exchange(address, RULES) as exchange:
+    async with Exchange(address, replace(RULES, arithmetic=replace(RULES.arithmetic, rule=rule))) as exchange:
         for step in range(EVERY, rounds * EVERY + 1, EVERY):
             learned, last = trained(name, value, step), step == rounds * EVERY
             value = await exchange.average(step, WEIGHTS[name], learned, last=last)
@@ -60,4 +61,4 @@ async def main(address: str, name: str, rounds: int, result: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])))
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5]))

@@ -57,9 +57,9 @@ class Flowers:
                 if process.environ().get("FLWR_HOME") == self._env["FLWR_HOME"]:
                     process.kill()
 
-    def edge(self, name: str, rounds: int) -> None:
+    def edge(self, name: str, rounds: int, rule: str = "fedavg") -> None:
         """The process of an edge."""
-        words = [self.address(name), name, str(rounds), str(self.result(name))]
+        words = [self.address(name), name, str(rounds), str(self.result(name)), rule]
         self.start(name, sys.executable, "-m", "tests.federated.edge", *words)
 
     def site(self, name: str, verb: str, recipe: Path, words: Sequence[str]) -> None:

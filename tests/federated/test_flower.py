@@ -79,6 +79,18 @@ def test_a_node_that_is_killed_and_an_edge_that_starts_late_change_nothing(flowe
     assert_undisturbed(flowers, rounds=3)
 
 
+def test_edges_with_different_rules_are_told_so_and_end(flowers: Flowers) -> None:
+    for name, rule in zip(WEIGHTS, ("fedavg", "median"), strict=True):
+        flowers.edge(name, rounds=2, rule=rule)
+        flowers.node(f"node-of-{name}", name)
+    flowers.run()
+    edges = [flowers.running.pop(name) for name in WEIGHTS]
+    assert [edge.wait(timeout=120) for edge in edges] == [1, 1]
+    for name in WEIGHTS:
+        said = "cannot go on: edge-0, edge-1 have different rules; use one recipe everywhere"
+        assert said in flowers.log(name)
+
+
 def test_a_run_ends_after_as_many_rounds_as_are_configured(flowers: Flowers) -> None:
     for name in WEIGHTS:
         flowers.edge(name, rounds=2)
