@@ -141,7 +141,17 @@ class Rounds:
 
     def value(self, due: int) -> Tensors:
         """What a client sends up."""
-        return largest([self._sent(holder, due) for holder in self._holders()])
+        return largest(self.values(due))
+
+    def values(self, due: int) -> list[Tensors]:
+        """Of all that is trained here."""
+        return [self._sent(holder, due) for holder in self._holders()]
+
+    def uncounted(self, messages: Sequence[Message]) -> Tensors:
+        """What goes up where nothing was averaged, so that the outcome of others comes down: it counts nothing."""
+        steps = messages[0].step
+        below = [m.tensors for m in messages] if self.hiding is None else [self.summed_tensors(steps)]
+        return largest([*below, *self.values(self.due(steps))])
 
     def updates(
         self, children: Iterable[tuple[str, Sequence[int], Tensors]], weights: Weights, due: int
@@ -403,16 +413,27 @@ def outcome_in(reply: Message, sent: Mapping[str, torch.Tensor], arithmetic: Ari
     Raises:
         PeerError: it is not.
     """
-    value = dict(reply.tensors)
+    return usable(reply.tensors, sent, arithmetic, reply.sender)
+
+
+def usable(
+    answer: Mapping[str, torch.Tensor], sent: Mapping[str, torch.Tensor], arithmetic: Arithmetic, sender: str
+) -> Tensors:
+    """An outcome, if it is of all that was sent, of shapes that fit, and finite.
+
+    Raises:
+        PeerError: it is not.
+    """
+    value = dict(answer)
     for name, like in {**_adapters(sent), **value}.items():
         mine = sent.get(name)
         if name not in value and FROZEN + name.removeprefix(ADAPTER) in value:
             continue
         found = value.get(name)
         if found is None or not found.is_floating_point() or not bool(torch.isfinite(found).all()):
-            raise PeerError(f"{reply.sender} answered round with nothing of use as {name}")
+            raise PeerError(f"{sender} answered round with nothing of use as {name}")
         if not _alike(name, found, like if mine is None else mine, sent, arithmetic):
-            raise PeerError(f"{reply.sender} answered round with {list(found.shape)} as {name}")
+            raise PeerError(f"{sender} answered round with {list(found.shape)} as {name}")
     return value
 
 

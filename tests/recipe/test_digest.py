@@ -87,6 +87,7 @@ LOCAL = {  # and of every key that may differ
     "wire.keepalive": 5.0,
     "server.quota.tokens_per_second": 5.0,
     "server.quota.bytes_per_second": 5.0,
+    "rounds.exchange": "unix:/other",
     "server.tenants": {"client-1": {"tokens_per_second": None, "bytes_per_second": None, "weight": 2.0}},
 }
 AT_THEIR_OWN_PACE = ["server.batching=continuous", "lora.adapters=common", "split.tiers={client: 4, edge: 1, cloud: 1}"]
@@ -95,6 +96,7 @@ TOGETHER = {  # what a key above cannot be without
     "data.partition.alpha": ["data.partition={by: dirichlet, field: topic, alpha: 1.0}"],
     "data.pack": ["data.format=text"],
     "lora.clients": ["lora.adapters=per_client"],
+    "rounds.exchange": ["rounds.replicas=local", "rounds.cloud_every=5", "rounds.exchange=unix:/one"],
     "server.step_tenants": [
         "server.batching=continuous",
         "lora.adapters=common",
@@ -119,6 +121,11 @@ def test_every_key_counts_or_may_differ(recipe_with):
     assert COUNTED.keys() | ONE_VALUE | LOCAL.keys() == dict(leaves(recipe_with())).keys()
     assert not (COUNTED.keys() | ONE_VALUE) & LOCAL.keys()
     assert LOCAL.keys() == LOCAL_KEYS
+
+
+def test_whether_there_are_other_sites_counts_and_where_they_are_met_does_not(recipe_with):
+    alone = ["rounds.replicas=local", "rounds.cloud_every=5"]
+    assert fingerprint(recipe_with(*alone)) != fingerprint(recipe_with(*alone, "rounds.exchange=unix:/one"))
 
 
 @pytest.mark.parametrize(("key", "value"), [*COUNTED.items(), *LOCAL.items()])
