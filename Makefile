@@ -2,6 +2,10 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# flwr needs other versions than the rest: it lives, and is tested, in an environment of its own.
+FLOWER_VENV ?= .venv-flower
+FLOWER_BIN := $(FLOWER_VENV)/bin
+FLOWER_READY := $(FLOWER_VENV)/.ready
 OUT := out/quickstart
 # The first of these that is a working Python >= 3.11 with venv; `make PYTHON=/path/to/python` overrides it.
 CANDIDATES := python3.11 python3 python3.12 python3.13 python3.14
@@ -11,21 +15,32 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(WORKS)' >/dev/null 2>&1 &
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 ARGS ?=
+comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-system soak check bench bench-wire bench-tenants clean
+.PHONY: help setup setup-flower quickstart test test-system test-flower soak check bench bench-wire bench-tenants clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1 :/p' Makefile | awk -F ' : ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## create the virtual environment and install everything, once
 
-$(READY): pyproject.toml constraints.txt
+setup-flower: $(FLOWER_READY)  ## the same for the extra `flower`, in an environment of its own
+
+# install into environment, with constraints, what
+define INSTALL
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv found; name one: make PYTHON=/path/to/python" >&2; exit 2; }
-	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
-	@echo "installing into $(VENV) (about 2 GB; a few minutes the first time)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1)
+	@echo "installing into $(1) (about 2 GB; a few minutes the first time)"
+	$(1)/bin/pip install --quiet --disable-pip-version-check -c $(2) -e '$(3)'
 	@touch $@
+endef
+
+$(READY): pyproject.toml constraints.txt
+	$(call INSTALL,$(VENV),constraints.txt,.[dev])
+
+$(FLOWER_READY): pyproject.toml constraints-flower.txt
+	$(call INSTALL,$(FLOWER_VENV),constraints-flower.txt,.[dev$(comma)flower])
 
 quickstart: setup  ## the main job, offline: a split fine-tune, an adapter at the end
 	rm -rf $(OUT)
@@ -36,6 +51,9 @@ test: setup  ## the fast tests
 
 test-system: setup  ## real processes and engines, and the rest of the large grids
 	$(OFFLINE) $(BIN)/pytest -q -m system $(ARGS)
+
+test-flower: setup-flower  ## real Flower processes between edges, and the wire beside Flower's versions
+	$(OFFLINE) $(FLOWER_BIN)/pytest -q tests/federated/test_flower.py tests/wire/test_remote.py tests/test_cli.py $(ARGS)
 
 soak: setup  ## the long runs
 	$(OFFLINE) $(BIN)/pytest -q -m soak $(ARGS)
@@ -57,4 +75,4 @@ bench-tenants: setup  ## what many clients of a server cost
 	$(OFFLINE) $(BIN)/python scripts/bench_tenants.py $(ARGS)
 
 clean:  ## remove the virtual environment, the quickstart's output and caches
-	rm -rf .venv $(OUT) build dist splitllm.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-flower $(OUT) build dist splitllm.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -27,7 +27,7 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY.PATH=VALUE", help="Changes to the recipe; values in YAML.", show_default=False),
 ]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="The folder to write.", show_default=False)]
-AverageRule = Literal["fedavg", "fedex", "flora", "ffa", "rolora", "flexlora", "hetlora"]
+AverageRule = Literal["fedavg", "fedex", "flora", "ffa", "rolora", "flexlora", "hetlora", "trimmed_mean", "median"]
 EXACT = 1e-6
 """Errors of an average below this are those of rounding."""
 

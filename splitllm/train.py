@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from splitllm.checkpoint import TrainingState
 from splitllm.errors import RunInterrupted
 from splitllm.metrics import Metrics, Tracker
 from splitllm.preflight import prepare
-from splitllm.recipe import Recipe, goes_by_rounds, rounds_line, what_leaves_the_device
+from splitllm.recipe import Recipe, goes_by_rounds, intervals, level_due, rounds_line, what_leaves_the_device
 from splitllm.roles.assembly import Assembly, Site, schedule_of
 from splitllm.roles.client import StepReport
+from splitllm.roles.elsewhere import opened
 from splitllm.roles.server import Counts
 from splitllm.running.base import open_base
 from splitllm.running.interrupt import StopSignal
@@ -27,6 +29,8 @@ from splitllm.running.outcome import fingerprint, finish, keep_recipe, restore, 
 from splitllm.running.results import log_round
 from splitllm.running.state import Run
 from splitllm.running.world import World, open_world, share_cores
+
+STOP_SECONDS = 0.2  # between looks for Ctrl-C, while other sites are waited for
 
 
 def train(recipe: Recipe, output_dir: str | os.PathLike[str], resume: bool = False) -> dict[str, Any]:
@@ -45,7 +49,20 @@ def train(recipe: Recipe, output_dir: str | os.PathLike[str], resume: bool = Fal
         CheckpointError: the base model or the checkpoint to resume from is not whole.
         RunInterrupted: the user stopped the run; a checkpoint was left.
     """
-    directory = Path(output_dir)
+    run, saved = opened_run(recipe, Path(output_dir), resume)
+    with run.metrics:
+        restore(run, saved)
+        _announce(run)
+        with StopSignal() as stop:
+            return _complete(carry_out(run, stop))
+
+
+def opened_run(recipe: Recipe, directory: Path, resume: bool = False) -> tuple[Run, TrainingState | None]:
+    """Check and load everything; the run, and the checkpoint that it goes on from.
+
+    Raises:
+        RecipeError, CheckpointError: as those of `train`.
+    """
     saved = saved_state(recipe, directory, resume)
     share_cores(recipe.train)
     plan = prepare(recipe)
@@ -55,12 +72,8 @@ def train(recipe: Recipe, output_dir: str | os.PathLike[str], resume: bool = Fal
     schedule = schedule_of(recipe.train.schedule, recipe.train.steps)
     roles = Assembly(recipe, plan.corpus, base, plan.modules, plan.role_bounds, schedule, _site(world)).build()
     tracker = _tracker(world, recipe)
-    with Metrics(directory, steps=recipe.train.steps, enabled=world.rank == 0, tracker=tracker) as metrics:
-        run = Run(plan, world, directory, roles, metrics, data)
-        restore(run, saved)
-        _announce(run)
-        with StopSignal() as stop:
-            return _complete(_run(run, stop))
+    metrics = Metrics(directory, steps=recipe.train.steps, enabled=world.rank == 0, tracker=tracker)
+    return Run(plan, world, directory, roles, metrics, data), saved
 
 
 def _complete(job: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
@@ -73,19 +86,25 @@ def _complete(job: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
         return pool.submit(asyncio.run, job).result()
 
 
-async def _run(run: Run, stop: StopSignal) -> dict[str, Any]:
+async def carry_out(run: Run, stop: StopSignal) -> dict[str, Any]:
     """Evaluate, train to the last step, evaluate, save."""
     recipe, summary = run.recipe.train, run.directory / "summary.json"
     if run.totals.loss_after is not None and summary.exists():
         run.metrics.say(f"{run.directory} is complete ({recipe.steps} of {recipe.steps} steps); nothing to do")
-        complete: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
-        return complete
+        told: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
+        return told
+    async with opened(run.roles.elsewhere):
+        return await _train(run, stop)
+
+
+async def _train(run: Run, stop: StopSignal) -> dict[str, Any]:
+    recipe = run.recipe.train
     if run.totals.loss_before is None:
         run.totals.loss_before = await _evaluate(run)
     while run.step < recipe.steps:
         if run.world.any(stop.asked):
             raise RunInterrupted(_stopped(run, save(run)))
-        await _step(run)
+        await _step_with_others(run, stop)
         last = run.step == recipe.steps
         if recipe.eval_every and run.step % recipe.eval_every == 0 and not last:
             await _evaluate(run)
@@ -95,6 +114,27 @@ async def _run(run: Run, stop: StopSignal) -> dict[str, Any]:
         run.totals.loss_after = await _evaluate(run)
         save(run)
     return finish(run)
+
+
+async def _step_with_others(run: Run, stop: StopSignal) -> None:
+    """The same as `_step`, which may end with a round of several sites: until that is held, nothing of it counts.
+
+    Raises:
+        RunInterrupted: the user does not wait for them any longer.
+    """
+    elsewhere = run.roles.elsewhere
+    if elsewhere is None or level_due(run.recipe, run.step + 1) < len(intervals(run.recipe)):
+        await _step(run)
+        return
+    before, step = save(run), asyncio.create_task(_step(run))
+    try:
+        while not step.done():
+            await asyncio.wait({step}, timeout=STOP_SECONDS)
+            if elsewhere.waits and stop.asked:
+                raise RunInterrupted(_stopped(run, before))
+        step.result()
+    finally:
+        step.cancel()
 
 
 async def _step(run: Run) -> None:

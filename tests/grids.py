@@ -22,6 +22,11 @@ def _name(value: Any) -> str:
     return "-".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def each_fast(*fast: Any, slow: Sequence[Any]) -> list[Any]:
+    """Values of which some are fast and the others `system`."""
+    return [*fast, *(pytest.param(value, marks=fast_if(False)) for value in slow)]
+
+
 def in_turn(*places: int) -> bool:
     """True of every second cell of a table, as the black squares of a board are: each row and column has some."""
     return sum(places) % 2 == 0

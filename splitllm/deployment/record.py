@@ -96,7 +96,9 @@ class Record:
         log_round(self._metrics, steps, reports)
         for report in reports:
             level = logging.WARNING if report["rejected"] else logging.INFO
-            logger.log(level, "round", extra={"fields": {"step": steps, **report}})
+            fields = {"server": report["role"], "tier": report["level"]}
+            others = {key: value for key, value in report.items() if key not in ("role", "level")}
+            logger.log(level, "round", extra={"fields": {"step": steps, **fields, **others}})
 
     def evaluated(self, step: int, losses: Mapping[int, Any]) -> None:
         """Every client has told its loss over its held-out rows.

@@ -19,6 +19,7 @@ from splitllm.deployment.stop import Stop
 from splitllm.errors import DivergedError, RunInterrupted, SplitLLMError
 from splitllm.recipe import Recipe, children_of, client_names, clients_below, goes_by_lanes
 from splitllm.roles.assembly import coding_of
+from splitllm.roles.elsewhere import opened
 from splitllm.roles.lanes import Lanes
 from splitllm.wire.remote import Listener
 from splitllm.wire.sessions import Reception, Sessions
@@ -69,7 +70,8 @@ async def _serve(station: Station) -> None:
     logger.info("listening", extra={"fields": {"port": port, "tls": station.credentials is not None}})
     watch = asyncio.create_task(say_who_is_missing(door.missing))
     try:
-        await _until_complete(door, trouble, uplink, stop)
+        async with opened(None if isinstance(door, Lanes) or finished else door.server.elsewhere):
+            await _until_complete(door, trouble, uplink, stop)
     except RunInterrupted:
         raise  # to be started again: the others wait
     except SplitLLMError as error:

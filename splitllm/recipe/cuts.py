@@ -101,7 +101,12 @@ def holders(recipe: Recipe, layers: int) -> list[int]:
 
 
 def averaged_blocks(recipe: Recipe, layers: int) -> frozenset[int]:
-    """The blocks for which rounds have something to average: more than one adapter of them is trained."""
+    """The blocks for which rounds have something to average: more than one adapter of them is trained.
+
+    Of a site all: other sites hold them, too.
+    """
+    if recipe.rounds.exchange is not None:
+        return frozenset(range(layers))
     counts, own = [0] * layers, own_blocks(recipe, layers)
     for start, stop in role_bounds(recipe, layers).values():
         for block in range(start, stop):

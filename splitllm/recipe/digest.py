@@ -20,6 +20,7 @@ LOCAL_KEYS = frozenset(
         *("train.threads", "train.checkpoint_every", "train.keep", "train.log_every", "train.trackers"),
         *("train.verify_adapter", "wire.addresses", "wire.certificates", "wire.memory_mib", "wire.keepalive"),
         *("server.quota.tokens_per_second", "server.quota.bytes_per_second", "server.tenants"),
+        "rounds.exchange",
     }
 )
 """Paths, names of fields, limits of a machine and what it writes down: these may differ between machines."""
@@ -28,6 +29,7 @@ LOCAL_KEYS = frozenset(
 def fingerprint(recipe: Recipe) -> str:
     """A digest of a recipe, 32 hex digits: equal where the same run is computed, whatever `LOCAL_KEYS` hold."""
     counted = {key: value for key, value in leaves(recipe) if key not in LOCAL_KEYS}
+    counted["rounds.exchange"] = recipe.rounds.exchange is not None  # where that is counts as little as other places
     counted["split.tiers"] = list(recipe.split.tiers.items())  # their order counts, that of other mappings does not
     return hashlib.blake2b(json.dumps(counted, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, Strict, WrapValidator
 from pydantic_core import PydanticCustomError
 
-from splitllm.recipe.addresses import host_and_port
+from splitllm.recipe.addresses import host_and_port, place_here
 from splitllm.recipe.roles import shared_name
 
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
@@ -55,6 +55,11 @@ def _known_source(source: str) -> str:
 
 def _address(value: str) -> str:
     host_and_port(value)
+    return value
+
+
+def _here(value: str) -> str:
+    place_here(value)
     return value
 
 
@@ -148,6 +153,11 @@ Address = Annotated[
 ]
 Addresses = Annotated[
     dict[str, Address], _mapping("a mapping of server roles to HOST:PORT, such as {edge-0: 10.0.0.2:7000}")
+]
+PlaceHere = Annotated[
+    Text,
+    AfterValidator(_here),
+    _allows("unix:PATH, with a path of at most 107 bytes, or 127.0.0.1:PORT, such as unix:out/edge-0.sock"),
 ]
 Codec = Annotated[
     Text,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -58,13 +58,22 @@ def _nearest(root: type[BaseModel], location: Location) -> str:
     parent = _section(root, location[:-1])
     prefix = "".join(f"{part}." for part in location[:-1])
     here = list(parent.model_fields) if parent is not None else []
+    almost = difflib.get_close_matches(location[-1], here, n=1, cutoff=0.9)
     near = [f"{prefix}{name}" for name in difflib.get_close_matches(location[-1], here, n=1)]
-    elsewhere = {dotted.rpartition(".")[2]: dotted for dotted in _known(root)}
-    if location[-1] in elsewhere:
-        near = [elsewhere[location[-1]]]
+    elsewhere: dict[str, list[str]] = {}
+    for dotted in _known(root):
+        elsewhere.setdefault(dotted.rpartition(".")[2], []).append(dotted)
+    if location[-1] in elsewhere and not almost:
+        near = [_closest(elsewhere[location[-1]], location)]
     elif not near:
-        near = [elsewhere[name] for name in difflib.get_close_matches(location[-1], elsewhere, n=1, cutoff=0.75)]
+        names = difflib.get_close_matches(location[-1], elsewhere, n=1, cutoff=0.75)
+        near = [_closest(elsewhere[name], location) for name in names]
     return f"did you mean {near[0]}?" if near else f"known here: {', '.join(here)}"
+
+
+def _closest(keys: Sequence[str], location: Location) -> str:
+    """Of several keys the first that has most sections in common with a place."""
+    return max(keys, key=lambda key: sum(one == other for one, other in zip(key.split("."), location, strict=False)))
 
 
 def _known(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

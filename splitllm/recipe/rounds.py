@@ -1,7 +1,8 @@
 """When rounds are due, what they average, and what must hold between `rounds` and the rest of a recipe.
 
 Levels are those who average: 1 is the tier above the clients (or, of whole-model clients, their coordinator), and so on
-up to the top.
+up to the top. With `rounds.exchange` the tree is one site of several, and the highest level is that of all sites,
+which another engine averages.
 """
 
 from __future__ import annotations
@@ -31,10 +32,15 @@ def goes_by_rounds(recipe: Recipe) -> bool:
 
 def intervals(recipe: Recipe) -> list[int]:
     """Steps between the rounds of each level, bottom up; `replicas: local`."""
-    rounds, between = recipe.rounds, max(0, len(recipe.split.tiers) - 2)
+    rounds, between = recipe.rounds, _between(recipe)
     assert rounds.cloud_every is not None
     edge = rounds.cloud_every if rounds.edge_every is None else rounds.edge_every
     return [*(edge if isinstance(edge, tuple) else [edge] * between), rounds.cloud_every]
+
+
+def _between(recipe: Recipe) -> int:
+    """How many levels average below the highest."""
+    return max(0, len(recipe.split.tiers) - 2) + (recipe.rounds.exchange is not None)
 
 
 def level_due(recipe: Recipe, steps: int) -> int:
@@ -60,6 +66,7 @@ def side_that_trains(recipe: Recipe, step: int) -> str | None:
 def rounds_line(recipe: Recipe) -> str:
     """Says in one line when rounds are held, and what they average."""
     rounds, names = recipe.rounds, list(recipe.split.tiers)[1:] or ["coordinator"]
+    names += [] if rounds.exchange is None else ["other sites' tops"]
     held = [f"every {every} steps at the {name}" for name, every in zip(names, intervals(recipe), strict=True)]
     some = rounds.participation
     parts = [f"{rounds.rule} {' and '.join(held)}, weights: {rounds.weights}"]
@@ -100,14 +107,14 @@ def _without_rounds(rounds: RoundsRecipe) -> Iterator[Misfit]:
 
 
 def _interval_misfits(recipe: Recipe) -> Iterator[Misfit]:
-    rounds, between = recipe.rounds, max(0, len(recipe.split.tiers) - 2)
+    rounds, between = recipe.rounds, _between(recipe)
     keys: tuple[str, ...] = ("rounds.edge_every", "split.tiers")
-    edge = rounds.edge_every
+    edge, above = rounds.edge_every, "top" if rounds.exchange is None else "the other sites"
     if edge is not None and not between:
         yield keys, f"rounds.edge_every: {edge} is of tiers between clients and top, and there is none; leave it out"
         return
     if isinstance(edge, tuple) and len(edge) != between:
-        yield keys, f"rounds.edge_every: {list(edge)} has {len(edge)}; {between} tiers lie between clients and top"
+        yield keys, f"rounds.edge_every: {list(edge)} has {len(edge)}; {between} tiers lie between clients and {above}"
         return
     if rounds.cloud_every is None:
         yield ("rounds.cloud_every",), "rounds.cloud_every: missing; give the steps between rounds of all, such as 20"

@@ -23,6 +23,7 @@ from splitllm.recipe.kinds import (
     MixedPrecision,
     NonNegative,
     NotNegative,
+    PlaceHere,
     Positive,
     Probability,
     Seed,
@@ -247,7 +248,8 @@ class PrivacyRecipe(Section):
 class RoundsRecipe(Section):
     """Replicas that train adapters of their own, and when and how those are averaged. Intervals are in steps.
 
-    `edge_every` is of the tiers between clients and top, one number for all or a list, bottom-up.
+    `edge_every` is of the tiers between clients and top, one number for all or a list, bottom-up. With `exchange` the
+    tree is one site of several: `cloud_every` is of all sites, and `edge_every` of the site's top, too.
     """
 
     replicas: Literal["together", "local"] = "together"
@@ -264,6 +266,7 @@ class RoundsRecipe(Section):
     participation: ParticipationRecipe = Field(default_factory=ParticipationRecipe)
     secure: SecureRecipe = Field(default_factory=SecureRecipe)
     privacy: PrivacyRecipe = Field(default_factory=PrivacyRecipe)
+    exchange: PlaceHere | None = None
 
 
 class WireRecipe(Section):

@@ -37,6 +37,7 @@ from splitllm.roles.batcher import Alone, Synchronous
 from splitllm.roles.client import Client
 from splitllm.roles.continuous import Continuous
 from splitllm.roles.device import Device, Inline
+from splitllm.roles.elsewhere import Elsewhere
 from splitllm.roles.rounding import Rounding
 from splitllm.roles.rounds import Kept, Rounds, largest
 from splitllm.roles.runner import Batching, Runner
@@ -65,6 +66,7 @@ class Roles:
         rounds: what each role does in them.
         coordinator: what a coordinator keeps of them.
         reports: of the averages since they were last taken away.
+        elsewhere: what averages this tree with others, if there are any.
     """
 
     clients: list[Client] = field(default_factory=list)
@@ -74,6 +76,7 @@ class Roles:
     rounds: list[Rounds] = field(default_factory=list)
     coordinator: Kept | None = None
     reports: Reports = field(default_factory=list)
+    elsewhere: Elsewhere | None = None
 
     def traffic(self) -> Traffic:
         """Bytes that crossed all cuts so far."""
@@ -304,8 +307,9 @@ class Assembly:
     ) -> Top:
         """What only the highest role decides."""
         weigh = tenant_weights if self.recipe.train.loss_weights == "tenant" else token_weights
-        site = self.site
-        return Top(weigh, site.all_counts, site.all_sums, self.recipe.train.clip_norm, observe, observe_round)
+        site, clip = self.site, self.recipe.train.clip_norm
+        self.roles.elsewhere = self.rounding.elsewhere()
+        return Top(weigh, site.all_counts, site.all_sums, clip, observe, observe_round, self.roles.elsewhere)
 
     def _link(self, tier: int, index: int, parent: Server) -> LocalLink:
         coding = (coding_of(self.recipe, self._role(tier, index)), coding_of(self.recipe, parent.name))

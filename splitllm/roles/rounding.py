@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 
 from splitllm.federated.averager import Averager, Limits, starting
+from splitllm.federated.exchange import Exchange
 from splitllm.federated.outer import Outer
+from splitllm.federated.pooling import Rules
 from splitllm.federated.rounds import Arithmetic, Tensors
 from splitllm.model.export import load_adapter
 from splitllm.model.families import layout_of
@@ -35,6 +37,7 @@ from splitllm.recipe import (
 )
 from splitllm.recipe.rounds import asked_at_once, hides
 from splitllm.roles.adapters import DTYPES
+from splitllm.roles.elsewhere import Elsewhere
 from splitllm.roles.hidden import Hiding
 from splitllm.roles.local import Local
 from splitllm.roles.participation import Participation
@@ -122,6 +125,16 @@ class Rounding:
             some.share * clients if some.policy == "poisson" else asked,
         )
 
+    def elsewhere(self) -> Elsewhere | None:
+        """What stands above the top; None where nothing does."""
+        recipe, rules = self.recipe, self._rules
+        if recipe.rounds.exchange is None:
+            return None
+        first = min(intervals(recipe)[-1], recipe.train.steps)
+        start = starting(self._start()) if rules.look_at_changes else None
+        exchange = Exchange(recipe.rounds.exchange, rules)
+        return Elsewhere(exchange, rules.arithmetic, recipe.train.steps, first, start)
+
     def _below(self, name: str, worker: Worker | None) -> dict[int, str]:
         """The clients below a role; below a coordinator all."""
         names = dict(enumerate(client_names(self.recipe)))
@@ -143,13 +156,17 @@ class Rounding:
         return Arithmetic(rounds.rule, scaling_of(self.recipe.lora), rounds.trim)
 
     def _averager(self, *, top: bool) -> Averager:
-        rounds = self.recipe.rounds
-        outer = None
-        if top and rounds.outer.name != "none":
+        rules = replace(self._rules, outer=self._rules.outer if top else None)
+        start = starting(self._start()) if rules.look_at_changes or hides(self.recipe) else {}
+        return Averager(rules.arithmetic, rules.limits, rules.outer, start)
+
+    @property
+    def _rules(self) -> Rules:
+        """By which the highest level averages."""
+        rounds, outer = self.recipe.rounds, None
+        if rounds.outer.name != "none":
             outer = Outer(rounds.outer.name, rounds.outer.lr, rounds.outer.betas, rounds.outer.tau)
-        limits = Limits(rounds.clip_update, rounds.reject_beyond)
-        looks = outer is not None or limits != Limits() or hides(self.recipe)
-        return Averager(self._arithmetic, limits, outer, starting(self._start()) if looks else {})
+        return Rules(self._arithmetic, Limits(rounds.clip_update, rounds.reject_beyond), outer)
 
     def _groups(self, name: str, level: int) -> dict[int, list[list[int]]]:
         """Lower level -> the clients of each of its roles below this one."""

@@ -141,7 +141,17 @@ class Rounds:
 
     def value(self, due: int) -> Tensors:
         """What a client sends up."""
-        return largest([self._sent(holder, due) for holder in self._holders()])
+        return largest(self.values(due))
+
+    def values(self, due: int) -> list[Tensors]:
+        """Of all that is trained here."""
+        return [self._sent(holder, due) for holder in self._holders()]
+
+    def uncounted(self, messages: Sequence[Message]) -> Tensors:
+        """What goes up where nothing was averaged, so that the outcome of others comes down: it counts nothing."""
+        steps = messages[0].step
+        below = [m.tensors for m in messages] if self.hiding is None else [self.summed_tensors(steps)]
+        return largest([*below, *self.values(self.due(steps))])
 
     def updates(
         self, children: Iterable[tuple[str, Sequence[int], Tensors]], weights: Weights, due: int
@@ -213,11 +223,6 @@ class Rounds:
         unused = {c for m in messages if m.sender in outcome.rejected for c in self.clients_in(m)}
         unused |= {client for client in weights if self.names[client] in outcome.rejected}
         return {client: [0.0] * len(each) if client in unused else each for client, each in weights.items()}
-
-    def unaveraged(self, messages: Sequence[Message], due: int) -> Tensors:
-        """What goes up, and counts nothing, where there is no average."""
-        came = [dict(m.tensors) for m in messages] if self.hiding is None else [self.summed_tensors(messages[0].step)]
-        return largest([*came, *(self._sent(holder, due) for holder in self._holders())])
 
     def examples_in(self, messages: Sequence[Message]) -> dict[int, int]:
         """Rows of each client, as it says."""
@@ -434,16 +439,27 @@ def outcome_in(reply: Message, sent: Mapping[str, torch.Tensor], arithmetic: Ari
     Raises:
         PeerError: it is not.
     """
-    value = dict(reply.tensors)
+    return usable(reply.tensors, sent, arithmetic, reply.sender)
+
+
+def usable(
+    answer: Mapping[str, torch.Tensor], sent: Mapping[str, torch.Tensor], arithmetic: Arithmetic, sender: str
+) -> Tensors:
+    """An outcome, if it is of all that was sent, of shapes that fit, and finite.
+
+    Raises:
+        PeerError: it is not.
+    """
+    value = dict(answer)
     for name, like in {**_adapters(sent), **value}.items():
         mine = sent.get(name)
         if name not in value and FROZEN + name.removeprefix(ADAPTER) in value:
             continue
         found = value.get(name)
         if found is None or not found.is_floating_point() or not bool(torch.isfinite(found).all()):
-            raise PeerError(f"{reply.sender} answered round with nothing of use as {name}")
+            raise PeerError(f"{sender} answered round with nothing of use as {name}")
         if not _alike(name, found, like if mine is None else mine, sent, arithmetic):
-            raise PeerError(f"{reply.sender} answered round with {list(found.shape)} as {name}")
+            raise PeerError(f"{sender} answered round with {list(found.shape)} as {name}")
     return value
 
 

@@ -6,6 +6,7 @@ Shape suffixes: T real tokens of a micro-batch, N labelled positions, D hidden w
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from splitllm.model.trainable import Tensors
 from splitllm.roles.batcher import Alone
 from splitllm.roles.closing import Closing, Settled, apply, scale_of, settle
 from splitllm.roles.device import Device, Inline
+from splitllm.roles.elsewhere import Elsewhere
 from splitllm.roles.local import Local, LocalStep
 from splitllm.roles.masked import MaskedRounds
 from splitllm.roles.meeting import Meeting
@@ -83,6 +85,7 @@ class Top:
         clip_norm: the largest total gradient norm, or None.
         observe: told of every step, before it is committed.
         observe_round: told of the steps done, and what each server that averaged has to say of it.
+        elsewhere: what averages this tree with others; None: it is the only one.
     """
 
     weigh: Callable[[Counts], LossWeights]
@@ -91,6 +94,7 @@ class Top:
     clip_norm: float | None
     observe: Callable[[int, StepSums], None] = unobserved
     observe_round: Callable[[int, Reports], None] = unobserved_round
+    elsewhere: Elsewhere | None = None
 
 
 class Server:
@@ -144,6 +148,11 @@ class Server:
         self.crossed = Crossed(traffic or (uplink.traffic if uplink is not None else Traffic()))
         self._waiting: dict[MicroBatchId, tuple[Pass, torch.Tensor, int]] = {}
         self.begin(children, 0)
+
+    @property
+    def elsewhere(self) -> Elsewhere | None:
+        """What averages this tree with others, at the top of a site."""
+        return None if self.top is None else self.top.elsewhere
 
     def begin(self, children: Sequence[str], generation: int) -> None:
         """Start afresh with these children: whatever was under way is forgotten."""
@@ -403,11 +412,7 @@ class Server:
             weights = rounds.of_used(weights, messages, made)
         else:
             await self.device.run(lambda: rounds.average_groups(weights, due))
-        if self.top is None:
-            outcome = await self._outcome_above(rounds, messages, made, weights, reports)
-        else:
-            self.top.observe_round(steps, reports)
-            outcome = None if made.combined is None or made.void else dict(made.combined.value)
+        outcome = await self._outcome(rounds, messages, made, weights, reports)
         if averages and rounds.level == due:
             outcome = None if outcome is None else rounds.settled(outcome)
         if rounds.participation is not None and outcome is not None:
@@ -434,20 +439,27 @@ class Server:
             return Outcome(None, {}, 0, str(error))
         return rounds.average_hidden(words, weights, rounds.due(steps), steps)
 
-    async def _outcome_above(
+    async def _outcome(
         self, rounds: Rounds, messages: list[Message], made: Outcome, weights: Weights, reports: Reports
     ) -> Tensors | None:
-        """Ask above; what all go on from, or None where the round is void, or none of this level."""
-        assert self.uplink is not None
-        due, own = rounds.due(messages[0].step), None if made.combined is None else made.combined.value
+        """What all go on from, asked above if it is due there; None where the round is void, or none of this level."""
+        steps, own = messages[0].step, None if made.combined is None else made.combined.value
+        due = rounds.due(steps)
         goes_up = rounds.level < due
         if goes_up and own is None:
-            own = await self.device.run(lambda: rounds.unaveraged(messages, due))
+            own = rounds.uncounted(messages)
         sent = dict(own) if goes_up and own is not None else {}
-        header = {"weights": weights, "reports": reports}
-        reply = await self.uplink.request(self.message("round", messages[0].micro_batch, header, sent))
-        if goes_up:
-            return None if is_void(reply) else outcome_in(reply, sent, rounds.arithmetic)
+        if self.top is None:
+            assert self.uplink is not None
+            header = {"weights": weights, "reports": reports}
+            reply = await self.uplink.request(self.message("round", messages[0].micro_batch, header, sent))
+            if goes_up:
+                return None if is_void(reply) else outcome_in(reply, sent, rounds.arithmetic)
+        else:
+            self.top.observe_round(steps, reports)
+            if goes_up:
+                assert self.top.elsewhere is not None, "no level is above a top but that of all sites"
+                return await self.top.elsewhere.outcome(steps, math.fsum(each[-1] for each in weights.values()), sent)
         return None if made.void or own is None else dict(own)
 
     async def _go_on(self, steps: int, outcome: Tensors | None, due: int) -> None:

@@ -46,6 +46,7 @@ COUNTED = {  # another value of every key that must be equal on all machines
     "train.batch_size": 4,
     "train.accumulate": 2,
     "train.in_flight": 2,
+    "train.optimizer.name": "sgd",
     "train.optimizer.lr": 0.5,
     "train.optimizer.betas": [0.5, 0.5],
     "train.optimizer.eps": 0.5,
@@ -61,6 +62,30 @@ COUNTED = {  # another value of every key that must be equal on all machines
     "server.memory_mib": 5,
     "server.step_tenants": 5,
     "server.step_tokens": 5,
+    "rounds.edge_every": 5,
+    "rounds.cloud_every": 10,
+    "rounds.rule": "ffa",
+    "rounds.weights": "equal",
+    "rounds.moments": "reset",
+    "rounds.prox": 0.5,
+    "rounds.outer.name": "fedadam",
+    "rounds.outer.lr": 0.5,
+    "rounds.outer.betas": [0.5, 0.5],
+    "rounds.outer.tau": 0.5,
+    "rounds.trim": 0.25,
+    "rounds.clip_update": 0.5,
+    "rounds.reject_beyond": 9.0,
+    "rounds.participation.policy": "poisson",
+    "rounds.participation.share": 0.5,
+    "rounds.participation.count": 1,
+    "rounds.participation.minimum": 2,
+    "rounds.secure.aggregate": True,
+    "rounds.secure.threshold": 2,
+    "rounds.secure.range": 4.0,
+    "rounds.secure.bits": 64,
+    "rounds.privacy.clip": 0.5,
+    "rounds.privacy.noise": 0.5,
+    "rounds.privacy.delta": 0.5,
     "wire.up": "int8",
     "wire.down": "topk:0.05",
     "wire.feedback_mib": 0,
@@ -87,14 +112,26 @@ LOCAL = {  # and of every key that may differ
     "wire.keepalive": 5.0,
     "server.quota.tokens_per_second": 5.0,
     "server.quota.bytes_per_second": 5.0,
+    "rounds.exchange": "unix:/other",
     "server.tenants": {"client-1": {"tokens_per_second": None, "bytes_per_second": None, "weight": 2.0}},
 }
 AT_THEIR_OWN_PACE = ["server.batching=continuous", "lora.adapters=common", "split.tiers={client: 4, edge: 1, cloud: 1}"]
+ROUNDS = ["rounds.replicas=local", "rounds.cloud_every=5", "rounds.weights=equal"]
 TOGETHER = {  # what a key above cannot be without
     "data.partition.field": ["data.partition={by: field, field: kind}"],
     "data.partition.alpha": ["data.partition={by: dirichlet, field: topic, alpha: 1.0}"],
     "data.pack": ["data.format=text"],
     "lora.clients": ["lora.adapters=per_client"],
+    **{f"rounds.{key}": ROUNDS for key in ("edge_every", "cloud_every", "rule", "moments", "prox", "trim")},
+    "rounds.weights": ["rounds.replicas=local", "rounds.cloud_every=5"],
+    **{f"rounds.{key}": ROUNDS for key in ("clip_update", "reject_beyond", "privacy.clip", "secure.aggregate")},
+    **{f"rounds.outer.{key}": ROUNDS for key in ("name", "lr", "betas", "tau")},
+    **{f"rounds.participation.{key}": ROUNDS for key in ("policy", "minimum")},
+    "rounds.participation.share": [*ROUNDS, "rounds.participation.policy=random"],
+    "rounds.participation.count": [*ROUNDS, "rounds.participation.policy=random"],
+    **{f"rounds.secure.{key}": [*ROUNDS, "rounds.secure.aggregate=true"] for key in ("threshold", "range", "bits")},
+    **{f"rounds.privacy.{key}": [*ROUNDS, "rounds.privacy.clip=1.0"] for key in ("noise", "delta")},
+    "rounds.exchange": ["rounds.replicas=local", "rounds.cloud_every=5", "rounds.exchange=unix:/one"],
     "server.step_tenants": [
         "server.batching=continuous",
         "lora.adapters=common",
@@ -108,7 +145,7 @@ TOGETHER = {  # what a key above cannot be without
 }
 
 
-ONE_VALUE = {"train.optimizer.name"}  # counts too
+WITH_ANOTHER = {"rounds.replicas"}  # counts too: it comes with `rounds.cloud_every`
 
 
 def as_yaml(value: object) -> str:
@@ -116,9 +153,14 @@ def as_yaml(value: object) -> str:
 
 
 def test_every_key_counts_or_may_differ(recipe_with):
-    assert COUNTED.keys() | ONE_VALUE | LOCAL.keys() == dict(leaves(recipe_with())).keys()
-    assert not (COUNTED.keys() | ONE_VALUE) & LOCAL.keys()
+    assert COUNTED.keys() | WITH_ANOTHER | LOCAL.keys() == dict(leaves(recipe_with())).keys()
+    assert not COUNTED.keys() & LOCAL.keys()
     assert LOCAL.keys() == LOCAL_KEYS
+
+
+def test_whether_there_are_other_sites_counts_and_where_they_are_met_does_not(recipe_with):
+    alone = ["rounds.replicas=local", "rounds.cloud_every=5"]
+    assert fingerprint(recipe_with(*alone)) != fingerprint(recipe_with(*alone, "rounds.exchange=unix:/one"))
 
 
 @pytest.mark.parametrize(("key", "value"), [*COUNTED.items(), *LOCAL.items()])

@@ -15,7 +15,8 @@ from splitllm.errors import PeerError
 from splitllm.recipe import parent_of
 from splitllm.wire.message import Message
 from tests.families import corpus, recipe, roles_of
-from tests.roles.test_gate import TIERS, finish, random_faults, seeds
+from tests.grids import each_fast, fast_if
+from tests.roles.test_gate import TIERS, finish, random_faults
 from tests.roles.tree import Tree, same
 
 OPTIONS: list[dict[str, Any]] = [
@@ -44,7 +45,7 @@ def undisturbed(options: int) -> Tree:
     return finish(tree(options))
 
 
-@pytest.mark.parametrize("options", range(len(OPTIONS)))
+@pytest.mark.parametrize("options", each_fast(1, 5, slow=[0, 2, 3, 4, 6]))
 def test_over_messages_it_is_the_adapter_of_one_process(options: int) -> None:
     found = undisturbed(options)
     roles = roles_of(found.recipe, found.corpus)
@@ -57,7 +58,7 @@ async def _steps(roles: Any, step: int) -> None:
     await asyncio.gather(*(client.step(step) for client in roles.clients))
 
 
-@pytest.mark.parametrize("seed", seeds(7, 245))
+@pytest.mark.parametrize("seed", [1, 5, *(pytest.param(n, marks=fast_if(False, "soak")) for n in range(7, 245))])
 def test_whoever_is_killed_whenever_the_rounds_are_the_same(seed: int) -> None:
     options = seed % len(OPTIONS)
     expected = undisturbed(options)
@@ -72,6 +73,7 @@ def rounds_of(found: Tree) -> list[Message]:
     return [message for _, message in found.seen if message.kind == "round"]
 
 
+@pytest.mark.system
 def test_every_message_of_a_round_is_allowed_and_each_is_sent_once() -> None:
     for options in range(len(OPTIONS)):
         found = undisturbed(options)
@@ -101,7 +103,7 @@ def spoiled(message: Message) -> list[tuple[str, Message]]:
     ]
 
 
-@pytest.mark.parametrize("options", [0, 1, 4])
+@pytest.mark.parametrize("options", each_fast(1, slow=[0, 4]))
 def test_what_is_wrong_with_a_round_is_refused_by_name(options: int) -> None:
     found = undisturbed(options)
     message = next(m for m in rounds_of(found) if m.sender == "client-0" and m.step == 2)

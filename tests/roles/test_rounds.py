@@ -21,7 +21,7 @@ from splitllm.recipe.rounds import level_due
 from splitllm.train import train
 from splitllm.wire.link import LocalLink
 from splitllm.wire.message import Message
-from tests.grids import cases
+from tests.grids import cases, each_fast
 from tests.tiny import write_recipe
 
 Tensors = dict[str, torch.Tensor]
@@ -111,7 +111,8 @@ WEIGHTS = {"tokens": "token", "equal": "tenant"}
     cases(
         [case for case in product(TREES, ["shared", "common", "per_client"], WEIGHTS) if case[:2] not in
          [("whole", "common"), ("whole", "per_client")]],
-        lambda tree, adapters, weights: tree == "mixed cuts" or (adapters == "shared" and weights == "tokens"),
+        lambda tree, adapters, weights: weights == "tokens"
+        and (tree, adapters) in [("mixed cuts", "shared"), ("four tiers", "shared"), ("three tiers", "per_client")],
     ),
 )  # fmt: skip
 def test_with_plain_sgd_a_round_after_every_step_is_centralised_sgd_on_the_weighted_loss(
@@ -123,7 +124,7 @@ def test_with_plain_sgd_a_round_after_every_step_is_centralised_sgd_on_the_weigh
     assert apart(run(folder, tmp_path, *common, *local), central) < 1e-11
 
 
-@pytest.mark.parametrize("tree", ["two tiers", "three tiers", "mixed cuts"])
+@pytest.mark.parametrize("tree", each_fast("two tiers", slow=["mixed cuts", "three tiers"]))
 def test_where_each_client_trains_all_blocks_alone_the_cut_does_not_show(
     folder: Path, tmp_path: Path, tree: str
 ) -> None:
@@ -151,7 +152,7 @@ def config_scale(folder: Path) -> float:
     return float(config["lora_alpha"]) / float(config["r"])
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "fedex", "flora", "ffa", "rolora"])
+@pytest.mark.parametrize("rule", each_fast("fedavg", "fedex", "ffa", slow=["flora", "rolora"]))
 def test_a_round_makes_what_its_rule_says_and_the_exported_adapter_is_that(
     folder: Path, tmp_path: Path, seen: Seen, rule: str
 ) -> None:
@@ -183,7 +184,7 @@ def seen_start(folder: Path, tmp_path: Path, *overrides: str) -> Tensors:
     return run(folder, tmp_path, *quiet, *tiny, "data.eval_fraction=0.1", name="start")
 
 
-@pytest.mark.parametrize("rule", ["fedex", "flora"])
+@pytest.mark.parametrize("rule", each_fast("flora", slow=["fedex"]))
 def test_what_tiers_freeze_between_rounds_of_the_top_is_averaged_too(
     folder: Path, tmp_path: Path, seen: Seen, rule: str
 ) -> None:
@@ -215,8 +216,13 @@ def frozen_in(value: Mapping[str, torch.Tensor], module: str) -> torch.Tensor:
     return value[f"frozen/{module}.lora_B.weight"].double() @ value[f"frozen/{module}.lora_A.weight"].double()
 
 
-@pytest.mark.parametrize("rule", ["flora", "flexlora", "hetlora"])
-@pytest.mark.parametrize("tree", ["whole", "two tiers", "mixed cuts"])
+@pytest.mark.parametrize(
+    ("tree", "rule"),
+    cases(
+        product(["whole", "two tiers", "mixed cuts"], ["flora", "flexlora", "hetlora"]),
+        lambda tree, rule: (tree, rule) in [("two tiers", "hetlora"), ("mixed cuts", "flexlora")],
+    ),
+)
 def test_ranks_may_differ_from_client_to_client(folder: Path, tmp_path: Path, seen: Seen, rule: str, tree: str) -> None:
     ranks = ["lora.clients={client-0: {rank: 2, alpha: 2}, client-2: {rank: 6, alpha: 9}}"]
     edge = ["rounds.edge_every=4"] if tree == "mixed cuts" else []
@@ -273,12 +279,17 @@ def test_blocks_that_one_role_alone_trains_do_not_travel(folder: Path, tmp_path:
     "options",
     [
         ["rounds.rule=fedex", "rounds.moments=average", "rounds.prox=0.5"],
-        ["rounds.rule=flora"],
-        ["rounds.outer={name: fedadam, lr: 0.01}", "rounds.clip_update=0.5", "rounds.prox=0.1"],
-        ["rounds.rule=rolora", "rounds.outer={name: fedavgm, lr: 1.0}"],
-        ["rounds.rule=flexlora", "lora.adapters=per_client", "rounds.moments=reset"],
+        pytest.param(["rounds.rule=flora"], marks=pytest.mark.system),
+        pytest.param(
+            ["rounds.outer={name: fedadam, lr: 0.01}", "rounds.clip_update=0.5", "rounds.prox=0.1"],
+            marks=pytest.mark.system,
+        ),
+        pytest.param(["rounds.rule=rolora", "rounds.outer={name: fedavgm, lr: 1.0}"], marks=pytest.mark.system),
+        pytest.param(
+            ["rounds.rule=flexlora", "lora.adapters=per_client", "rounds.moments=reset"], marks=pytest.mark.system
+        ),
     ],
-    ids=lambda options: options[0].removeprefix("rounds."),
+    ids=["fedex", "flora", "fedadam", "rolora", "flexlora"],
 )
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     folder: Path, tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
@@ -355,7 +366,7 @@ def test_where_nobody_is_left_the_run_says_so(folder: Path, tmp_path: Path, monk
         run(folder, tmp_path, *TREES["two tiers"], LOCAL, "rounds.cloud_every=2")
 
 
-@pytest.mark.parametrize("rule", ["ffa", "rolora"])
+@pytest.mark.parametrize("rule", each_fast("rolora", slow=["ffa"]))
 def test_only_one_of_the_matrices_trains_and_travels(folder: Path, tmp_path: Path, seen: Seen, rule: str) -> None:
     run(folder, tmp_path, *TREES["two tiers"], LOCAL, "rounds.cloud_every=1", f"rounds.rule={rule}")
     sides = {step: {name.split(".lora_")[1][0] for m, _ in seen.messages if m.step == step for name in m.tensors}
@@ -403,8 +414,13 @@ def takes_part(seen: Seen) -> dict[int, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("adapters", ["shared", "per_client", "common"])
-@pytest.mark.parametrize("policy", ["random", "poisson", "oort"])
+@pytest.mark.parametrize(
+    ("policy", "adapters"),
+    cases(
+        product(["random", "poisson", "oort"], ["shared", "per_client", "common"]),
+        lambda *case: case in [("random", "shared"), ("oort", "per_client")],
+    ),
+)
 def test_only_some_clients_train_between_rounds_and_all_go_on_from_their_average(
     folder: Path, tmp_path: Path, seen: Seen, policy: str, adapters: str
 ) -> None:
@@ -450,7 +466,7 @@ def test_a_round_with_too_few_usable_updates_is_void_and_the_next_counts_all_ste
     assert torch.allclose(adapter[name].double(), mean, atol=1e-7)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("policy", ["random", "oort"])
+@pytest.mark.parametrize("policy", each_fast("oort", slow=["random"]))
 def test_who_takes_part_is_the_same_in_a_resumed_run(folder: Path, tmp_path: Path, seen: Seen, policy: str) -> None:
     some = [f"rounds.participation={{policy: {policy}, share: 0.5}}", "train.checkpoint_every=1", "train.steps=6"]
     every = [*TREES["three tiers"], LOCAL, "rounds.edge_every=1", "rounds.cloud_every=2", "rounds.weights=equal", *some]

@@ -18,6 +18,7 @@ from splitllm.metrics import read_records
 from splitllm.recipe import load_recipe
 from splitllm.train import train
 from tests.faults.deployment import Deployment, Process, deployed
+from tests.processes import ROOT
 from tests.tiny import write_recipe
 
 pytestmark = pytest.mark.system
@@ -27,13 +28,17 @@ STEPS, EVERY = 16, 4
 LEARNS = (
     f"train.steps={STEPS}",
     "split.tiers={client: 5, edge: 2, cloud: 1}",
-    "split.cuts=[2, 3]",
+    "split.cuts=[2, 4]",
+    "data.max_length=96",
+    "data.limit=600",
+    "train.batch_size=2",
+    "train.threads=1",
     "lora.dropout=0.0",
     "model.dropout=0",
     "rounds.replicas=local",
     f"rounds.edge_every={EVERY // 2}",
     f"rounds.cloud_every={EVERY}",
-    "train.optimizer.lr=0.02",
+    "train.optimizer.lr=4e-3",
     "train.schedule={name: constant}",
     "train.eval_every=null",
     "wire.keepalive=0.25",
@@ -95,7 +100,7 @@ def start(deployment: Deployment) -> None:
 def test_some_lost_in_every_round_one_slow_one_sending_nan_and_it_learns_the_same(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    recipe, drawn = write_recipe(tmp_path), random.Random(time.time_ns())
+    recipe, drawn = ROOT / "recipes" / "quickstart.yaml", random.Random(time.time_ns())
     clean = train(load_recipe(recipe, LEARNS), tmp_path / "clean")
     with deployed(recipe, tmp_path / "run", *LEARNS) as deployment:
         start(deployment)
@@ -109,7 +114,7 @@ def test_some_lost_in_every_round_one_slow_one_sending_nan_and_it_learns_the_sam
             if not deployment.said("cloud", "done"):
                 deployment.kill(lost)
                 deployment.start(lost)
-        deployment.until(lambda: bool(deployment.said("cloud", "done")), "the end")
+        deployment.until_step(STEPS)
         crawl.over.set()
         crawl.join()
         assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
@@ -119,7 +124,7 @@ def test_some_lost_in_every_round_one_slow_one_sending_nan_and_it_learns_the_sam
         tensors = load_file(deployment.folder / "cloud" / "adapter" / "adapter_model.safetensors")
     before, after = clean["eval_loss_before"], clean["eval_loss_after"]
     record_property("loss", f"clean {before:.4f} -> {after:.4f}, with faults {found['eval_loss_after']:.4f}")
-    assert after < 0.9 * before, "there is something to learn"
+    assert after < 0.9 * before, "who learns nothing is more than 3 % off"
     assert found["eval_loss_after"] < 1.03 * after
     left_out = [r["rejected"] for r in rounds if r["role"] == "edge-1"]
     assert len(left_out) == STEPS // (EVERY // 2) and all(each == {POISONED: "not finite"} for each in left_out)
@@ -130,7 +135,8 @@ def test_some_lost_in_every_round_one_slow_one_sending_nan_and_it_learns_the_sam
     "options", [(), ("rounds.weights=equal", "rounds.secure={aggregate: true}")], ids=["", "masked"]
 )
 def test_processes_give_the_adapter_of_one_process(tmp_path: Path, options: tuple[str, ...]) -> None:
-    words = (*LEARNS, "train.steps=6", *options)
+    tiny = ("split.cuts=[2, 3]", "data.max_length=24", "data.limit=null")
+    words = (*LEARNS, *tiny, "train.steps=6", *options)
     recipe = write_recipe(tmp_path)
     train(load_recipe(recipe, words), tmp_path / "one")
     with deployed(recipe, tmp_path / "run", *words) as deployment:
