@@ -96,6 +96,7 @@ def rounds_misfits(recipe: Recipe) -> Iterator[Misfit]:
     yield from _rule_misfits(recipe)
     yield from _participation_misfits(recipe)
     yield from _hiding_misfits(recipe)
+    yield from _turn_misfits(recipe)
     yield from _checking_misfits(recipe)
     yield from _elsewhere_misfits(recipe)
 
@@ -242,6 +243,21 @@ def _group_misfits(recipe: Recipe) -> Iterator[Misfit]:
         keys = ("rounds.secure.threshold", "split.tiers")
         why = f"is not more than half of {most}" + (f" and at most {fewest}" if fewest < most else " and at most that")
         yield keys, f"rounds.secure.threshold: {secure.threshold} {why}"
+
+
+def _turn_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    """What a void round, or a round of a group on a server further up, would get wrong."""
+    rounds, minimum = recipe.rounds, recipe.rounds.participation.minimum
+    if rounds.rule == "rolora" and minimum > 1:
+        why = "goes on to the other matrix after a round that is void"
+        keys: tuple[str, ...] = ("rounds.rule", "rounds.participation.minimum")
+        yield keys, f"rounds.rule: rolora {why}; use rounds.participation.minimum: 1, or ffa"
+    if recipe.lora.adapters == "per_client" and len(recipe.split.tiers) > 2:
+        for name in ("clip_update", "reject_beyond"):
+            if getattr(rounds, name) is not None:
+                keys = (f"rounds.{name}", "lora.adapters", "split.tiers")
+                why = "measures changes from what a server handed out, which is not one thing for all its groups"
+                yield keys, f"rounds.{name}: with lora.adapters: per_client and three tiers it {why}; leave it out"
 
 
 def _checking_misfits(recipe: Recipe) -> Iterator[Misfit]:

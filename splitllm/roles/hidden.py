@@ -57,7 +57,6 @@ class Hiding:
         clip: the largest norm of a client's change; None: adapters themselves are summed, not changes.
         noise: deviation of the noise as a multiple of what one client can add.
         delta: of (epsilon, delta)-privacy.
-        rate: with which each client takes part, drawn by itself; 1 for any other way.
         expected: clients that a mean of changes is over, whoever comes.
     """
 
@@ -69,7 +68,6 @@ class Hiding:
     clip: float | None
     noise: float
     delta: float
-    rate: float
     expected: float
 
     def terms(self, steps: int, generation: int, size: int) -> Terms:
@@ -112,10 +110,13 @@ class Hiding:
         return {key: tensor.to(given[key].device, given[key].dtype) for key, tensor in mean.items()}
 
     def spent(self, rounds: int) -> float | None:
-        """The epsilon of so many rounds; None without noise, which promises nothing."""
+        """The epsilon of so many rounds; None without noise, which promises nothing.
+
+        As if every client took part in each: an empty draw is drawn again, which accounts of sampling leave out.
+        """
         if self.clip is None or self.noise == 0:
             return None
-        found = epsilon(self.noise, self.rate, rounds, self.delta)
+        found = epsilon(self.noise, 1.0, rounds, self.delta)
         return found if math.isfinite(found) else None
 
 

@@ -111,7 +111,6 @@ class Rounding:
         asked = asked_at_once(recipe, clients)
         fixed = FixedPoint.finest(private.clip or secure.range, asked, secure.bits)
         threshold = secure.threshold or max(2, asked // 2 + 1)
-        rate = some.share if some.policy == "poisson" else 1.0
         return Hiding(
             fingerprint(recipe),
             server,
@@ -121,7 +120,6 @@ class Rounding:
             private.clip,
             private.noise,
             private.delta,
-            rate,
             some.share * clients if some.policy == "poisson" else asked,
         )
 

@@ -53,7 +53,7 @@ class TickLoop(asyncio.SelectorEventLoop):
 class Past:
     """What a role keeps when its process is killed: its last two commits."""
 
-    def __init__(self, tier: str, worker: Worker, rounds: Rounds | None) -> None:
+    def __init__(self, tier: str, worker: Worker, rounds: Rounds | None = None) -> None:
         self.tier, self.worker, self.rounds, self.finished = tier, worker, rounds, False
         self.kept: dict[int, Tensors] = {}
         self.origins: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""What a hostile reading of rounds has found."""
+"""Rounds that are misused, or combined oddly: what a hostile reading found, each mended."""
 
 from __future__ import annotations
 
