@@ -32,6 +32,7 @@ from chart import Panel, Point, write_chart
 from pages import bullets, machine, table, write_page
 from safetensors import safe_open
 
+from splitllm.metrics import read_records
 from splitllm.recipe import Recipe, changed_keys, load_recipe, tier_bounds
 from splitllm.train import train
 
@@ -54,6 +55,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "federated, clipped at 1": ("federated", {"train.clip_norm": 1.0}),
     "federated, rows dealt at random": ("federated", {"data.partition": {"by": "iid"}}),
     "federated, rounds after every step": ("federated", {"rounds.cloud_every": 1}),
+    "federated, the same and moments averaged": (
+        "federated",
+        {"rounds.cloud_every": 1, "rounds.moments": "average"},
+    ),
     "federated, one round, at the end": ("federated", {"rounds.cloud_every": 80}),
     "federated, fedex": ("federated", {"rounds.rule": "fedex"}),
     "federated, moments averaged": ("federated", {"rounds.moments": "average"}),
@@ -82,12 +87,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave: held-out loss in nats a token, numbers that one client trains, bytes over all cuts."""
+    """What a run gave.
+
+    Attributes:
+        loss: held out, in nats a token.
+        numbers: that one client trains.
+        up: bytes over all cuts.
+        down: the same downwards.
+        error: of the averages of its rounds, as a share of the exact ones, the mean over rounds; 0 without.
+    """
 
     loss: float
     numbers: int
     up: int
     down: int
+    error: float = 0.0
 
 
 def e2e_rows(shared: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -117,13 +131,13 @@ DATA: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any]]] = {
 
 
 def write_rows(shared: Path, folder: Path, name: str) -> dict[str, Any]:
-    """Rows drawn by a fixed seed into a folder; returns the overrides that name them."""
-    parts = DATA[name][1](shared)
+    """Rows drawn by a fixed seed into a folder, none of them in both files; returns the overrides that name them."""
+    source, held_out = ([json.dumps(row) for row in rows] for rows in DATA[name][1](shared))
+    known = set(source)
     paths = {}
-    for key, rows, count in zip(("source", "eval"), parts, (ROWS, HELD_OUT), strict=True):
-        chosen = random.Random(0).sample(rows, min(count, len(rows)))
+    for key, rows, count in (("source", source, ROWS), ("eval", [r for r in held_out if r not in known], HELD_OUT)):
         paths[key] = folder / f"{name}-{key}.jsonl"
-        paths[key].write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+        paths[key].write_text("\n".join(random.Random(0).sample(rows, count)), encoding="utf-8")
     own = {f"data.{key}": value for key, value in DATA[name][2].items()}
     return {f"data.{key}": str(path) for key, path in paths.items()} | own
 
@@ -158,7 +172,9 @@ def outcome(recipe: Recipe, folder: Path) -> Outcome:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     traffic = summary["wire_bytes_up"], summary["wire_bytes_down"]
-    return Outcome(summary["eval_loss_after"], client_numbers(recipe, folder), *traffic)
+    errors = [record["error"] for record in read_records(folder / "metrics.jsonl") if record["event"] == "round"]
+    error = statistics.mean(errors) if errors else 0.0
+    return Outcome(summary["eval_loss_after"], client_numbers(recipe, folder), *traffic, error)
 
 
 def client_numbers(recipe: Recipe, folder: Path) -> int:
@@ -195,9 +211,9 @@ def vary(run: Run, options: argparse.Namespace, found: Sequence[Mapping[str, Any
 
 
 def summed(runs: Sequence[Outcome]) -> dict[str, Any]:
-    """The losses of all seeds; all else is the same with each but for bytes, of which it is the mean."""
-    traffic = {key: statistics.mean(getattr(one, key) for one in runs) for key in ("up", "down")}
-    return {"losses": [one.loss for one in runs], "numbers": runs[0].numbers, **traffic}
+    """The losses of all seeds, what is the same with each, and the mean of what is not."""
+    means = {key: statistics.mean(getattr(one, key) for one in runs) for key in ("up", "down", "error")}
+    return {"losses": [one.loss for one in runs], "numbers": runs[0].numbers, **means}
 
 
 def measure(options: argparse.Namespace, run: Run) -> dict[str, Any]:
@@ -236,8 +252,10 @@ def result_table(results: Sequence[Mapping[str, Any]], data: str) -> list[str]:
         over = statistics.mean(each["losses"]) / statistics.mean(central) - 1
         loss = f"**{spread(each['losses'])}**" if each == min(same, key=mean_loss) else spread(each["losses"])
         cells = [str(each["rank"]), each["paradigm"], loss, f"{over:+.2%}", f"{each['rate']:g}"]
-        rows.append([*cells, f"{each['numbers']:,}", size(each["up"]), size(each["down"])])
-    return table([*columns, "#numbers a client trains", "#MB up", "#MB down"], rows, DATA[data][0])
+        error = f"{each['error']:.1%}" if each["error"] else ""
+        rows.append([*cells, error, f"{each['numbers']:,}", size(each["up"]), size(each["down"])])
+    columns += ["#error of averages", "#numbers a client trains", "#MB up", "#MB down"]
+    return table(columns, rows, DATA[data][0])
 
 
 def mean_loss(result: Mapping[str, Any]) -> float:
@@ -257,9 +275,9 @@ def variant_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     for each in variants:
         apart = [one / plain - 1 for one, plain in zip(each["losses"], each["plain"], strict=True)]
         worst = f"{min(apart):+.2%} to {max(apart):+.2%}"
-        plain, other = spread(each["plain"]), spread(each["losses"])
-        rows.append([each["data"], each["variant"], plain, other, f"{statistics.mean(apart):+.2%}", worst])
-    columns = ["data", "variant", "#as in the table", "#with it", "#difference", "#by seed"]
+        losses, error = [spread(each["plain"]), spread(each["losses"])], f"{each['error']:.1%}" if each["error"] else ""
+        rows.append([each["data"], each["variant"], *losses, f"{statistics.mean(apart):+.2%}", worst, error])
+    columns = ["data", "variant", "#as in the table", "#with it", "#difference", "#by seed", "#error of averages"]
     return table(columns, rows, f"One key changed, rank {VARIED_RANK}") if rows else []
 
 
