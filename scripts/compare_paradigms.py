@@ -5,9 +5,9 @@
     python scripts/compare_paradigms.py --page docs/benchmarks/paradigms.md     # into the page, with its figure
 
 Real text on the pretrained stories260K: E2E with each restaurant's rows on one client, and tinyshakespeare with each
-speaker's on one. Every paradigm takes the same steps of as many rows, with the same learning rates to choose from: all
-rates with the first seed, the best of them with the others. A run that is in the output folder with the same recipe is
-not run again, so the command can be stopped and given again.
+speaker's on one. Every paradigm takes the same steps of as many rows, with the same learning rates to choose from:
+rising rates with the first seed until the loss rises, the best of them with the others. A run that is in the output
+folder with the same recipe is not run again, so the command can be stopped and given again.
 """
 
 from __future__ import annotations
@@ -47,18 +47,17 @@ ROWS, HELD_OUT = 2000, 150
 EVERY = 10  # of a speaker's speeches every tenth is held out
 ELSEWHERE = ("data.source:", "data.eval:")  # where rows lie is no part of what a run is
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "federated, rows dealt at random": ("federated", {"data.partition": {"by": "iid"}}),
-    "federated, fedex": ("federated", {"rounds.rule": "fedex"}),
     "federated, rounds after every step": ("federated", {"rounds.cloud_every": 1}),
-    "federated, the same and moments averaged": (
+    "federated, one round, at the end": ("federated", {"rounds.cloud_every": 80}),
+    "federated, fedex": ("federated", {"rounds.rule": "fedex"}),
+    "federated, rows dealt at random": ("federated", {"data.partition": {"by": "iid"}}),
+    "hierarchical, cloud after 10 steps, too": ("hierarchical", {"rounds.cloud_every": 10}),
+    "split, one adapter for all": ("split", {"rounds": {}}),
+    "federated, rounds after every step, moments averaged": (
         "federated",
         {"rounds.cloud_every": 1, "rounds.moments": "average"},
     ),
-    "federated, one round, at the end": ("federated", {"rounds.cloud_every": 80}),
-    "split, one adapter for all": ("split", {"rounds": {}}),
-    "hierarchical, cloud after 10 steps, too": ("hierarchical", {"rounds.cloud_every": 10}),
     "centralised, clipped at 1": ("centralised", {"train.clip_norm": 1.0}),
-    "split, clipped at 1": ("split", {"train.clip_norm": 1.0}),
     "federated, clipped at 1": ("federated", {"train.clip_norm": 1.0}),
 }
 """What the explanation is tested by: another value of one key, at the paradigm's best rate with rank 4."""
@@ -189,10 +188,15 @@ Run = Callable[[Cell], Outcome]
 
 
 def choose(run: Run, options: argparse.Namespace, data: str, paradigm: str, rank: int) -> dict[str, Any]:
-    """All rates with the first seed, the best of them with the others."""
+    """Rising rates with the first seed until the loss rises; the best of them with the others."""
     first, *others = options.seeds
-    by_rate = {rate: run(Cell(data, paradigm, rank, rate, first)) for rate in options.rates}
-    best = min(by_rate, key=lambda rate: by_rate[rate].loss)
+    by_rate: dict[float, Outcome] = {}
+    best = options.rates[0]
+    for rate in sorted(options.rates):
+        by_rate[rate] = run(Cell(data, paradigm, rank, rate, first))
+        if by_rate[rate].loss > by_rate[best].loss:
+            break
+        best = rate
     runs = [by_rate[best], *(run(Cell(data, paradigm, rank, best, seed)) for seed in others)]
     rates = {f"{rate:g}": found.loss for rate, found in by_rate.items()}
     return {"data": data, "paradigm": paradigm, "rank": rank, "rate": best, "rates": rates, **summed(runs)}
@@ -200,8 +204,9 @@ def choose(run: Run, options: argparse.Namespace, data: str, paradigm: str, rank
 
 def vary(run: Run, options: argparse.Namespace, found: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Every variant at the best rate of its paradigm, with all seeds, beside its paradigm as it is."""
-    for data, (variant, (paradigm, _)) in product(options.varied, VARIANTS.items()):
-        where = (data, paradigm, options.varied_rank)
+    for data, variant in product(options.varied, options.variants):
+        paradigm = VARIANTS[variant][0]
+        where = (data, paradigm, VARIED_RANK)
         plain = next((each for each in found if (each["data"], each["paradigm"], each["rank"]) == where), None)
         if plain is not None:
             cells = [Cell(*where, plain["rate"], seed, variant) for seed in options.seeds]
@@ -262,8 +267,11 @@ def mean_loss(result: Mapping[str, Any]) -> float:
 
 def rate_table(results: Sequence[Mapping[str, Any]], data: str) -> list[str]:
     mine = [each for each in results if each["data"] == data]
-    rates = list(mine[0]["rates"])
-    rows = [[str(r["rank"]), r["paradigm"], *(f"{r['rates'][rate]:.4f}" for rate in rates)] for r in mine]
+    rates = sorted({rate for each in mine for rate in each["rates"]}, key=float)
+    rows = []
+    for each in mine:
+        cells = (f"{each['rates'][rate]:.4f}" if rate in each["rates"] else "" for rate in rates)
+        rows.append([str(each["rank"]), each["paradigm"], *cells])
     return table(["#rank", "paradigm", *(f"#{rate}" for rate in rates)], rows, f"First seed by rate, {DATA[data][0]}")
 
 
@@ -310,7 +318,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--steps", type=int, help="default: those of the recipe")
     parser.add_argument("--varied", nargs="*", choices=list(DATA), default=["e2e"], help="data of one key changed")
-    parser.add_argument("--varied-rank", type=int, default=VARIED_RANK)
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--quick", action="store_true", help="ranks 1 and 4, one rate, one seed, 10 steps")
     options = parser.parse_args()
     if options.quick:
