@@ -5,9 +5,9 @@
     python scripts/compare_paradigms.py --page docs/benchmarks/paradigms.md     # into the page, with its figure
 
 Real text on the pretrained stories260K: E2E with each restaurant's rows on one client, and tinyshakespeare with each
-speaker's on one. Every paradigm takes the same steps of as many rows, with the same learning rates to choose from:
-rising rates with the first seed until the loss rises, the best of them with the others. A run that is in the output
-folder with the same recipe is not run again, so the command can be stopped and given again.
+speaker's on one. Every paradigm takes the same steps of as many rows, with the same learning rates to choose from: all
+with the first seed (and twice the largest while that is the best), the best of them with the others. A run that is in
+the output folder with the same recipe is not run again, so the command can be stopped and given again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from splitllm.train import train
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes" / "compare"
 PACKAGES = ("torch", "transformers", "peft")
-RATES = (8.0e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+RATES = (8.0e-3, 1.6e-2, 3.2e-2)
 RANKS = (1, 2, 4, 8)
 SEEDS = (0, 1, 2)
 ROWS, HELD_OUT = 2000, 150
@@ -188,15 +188,13 @@ Run = Callable[[Cell], Outcome]
 
 
 def choose(run: Run, options: argparse.Namespace, data: str, paradigm: str, rank: int) -> dict[str, Any]:
-    """Rising rates with the first seed until the loss rises; the best of them with the others."""
+    """All rates with the first seed, twice the largest while that is the best; the best of them with the others."""
     first, *others = options.seeds
-    by_rate: dict[float, Outcome] = {}
-    best = options.rates[0]
-    for rate in sorted(options.rates):
-        by_rate[rate] = run(Cell(data, paradigm, rank, rate, first))
-        if by_rate[rate].loss > by_rate[best].loss:
-            break
-        best = rate
+    by_rate = {rate: run(Cell(data, paradigm, rank, rate, first)) for rate in options.rates}
+    best = min(by_rate, key=lambda rate: by_rate[rate].loss)
+    while len(by_rate) > 1 and best == max(by_rate):
+        by_rate[2 * best] = run(Cell(data, paradigm, rank, 2 * best, first))
+        best = min(by_rate, key=lambda rate: by_rate[rate].loss)
     runs = [by_rate[best], *(run(Cell(data, paradigm, rank, best, seed)) for seed in others)]
     rates = {f"{rate:g}": found.loss for rate, found in by_rate.items()}
     return {"data": data, "paradigm": paradigm, "rank": rank, "rate": best, "rates": rates, **summed(runs)}
