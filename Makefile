@@ -18,7 +18,7 @@ ARGS ?=
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-flower quickstart test test-system test-flower soak check bench bench-wire bench-tenants clean
+.PHONY: help setup setup-flower quickstart test test-system test-flower soak check bench bench-wire bench-tenants compare clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1 :/p' Makefile | awk -F ' : ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -73,6 +73,9 @@ bench-wire: setup  ## what the wire costs
 
 bench-tenants: setup  ## what many clients of a server cost
 	$(OFFLINE) $(BIN)/python scripts/bench_tenants.py $(ARGS)
+
+compare: setup  ## centralised, federated, split and hierarchical, over ranks
+	$(OFFLINE) $(BIN)/python scripts/compare_paradigms.py $(ARGS)
 
 clean:  ## remove the virtual environment, the quickstart's output and caches
 	rm -rf .venv .venv-flower $(OUT) build dist splitllm.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
