@@ -15,6 +15,7 @@ from splitllm.running.outcome import keep_recipe, restore
 from splitllm.running.state import Run
 from splitllm.train import carry_out, opened_run, train
 from tests.federated.sites import SITES, apart, one_tree, pooled, site, written
+from tests.grids import fast_if
 
 SECONDS = 60.0
 
@@ -101,7 +102,8 @@ def test_what_a_site_cannot_be_is_refused(folder: Path, words: list[str], said: 
 
 
 OUTER = "rounds.outer={name: fedadam, lr: 0.1}"
-CASES = {
+FAST = ("flora", "changes are looked at")
+CASES: dict[str, list[str]] = {
     "fedavg": [],
     "loss at the client, few rows count": ["split.labels=client", "rounds.weights=examples"],
     "loss at the top": ["split.labels=cloud", "rounds.rule=fedex"],
@@ -115,7 +117,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("words", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("words", [pytest.param(w, id=c, marks=fast_if(c in FAST)) for c, w in CASES.items()])
 def test_sites_give_the_adapter_of_one_tree(folder: Path, tmp_path: Path, words: Sequence[str]) -> None:
     train(load_recipe(folder / "recipe.yaml", [*one_tree(folder), *words]), tmp_path / "tree")
     steps = run_sites(folder, tmp_path, words)

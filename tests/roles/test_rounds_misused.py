@@ -16,6 +16,7 @@ from splitllm.recipe import load_recipe
 from splitllm.roles.participation import Participation
 from splitllm.wire.link import LocalLink
 from splitllm.wire.message import Message
+from tests.grids import each_fast
 from tests.roles.test_rounds import LOCAL, TREES, Seen, apart, rounds_in, run, takes_part
 from tests.roles.test_rounds import folder as folder
 from tests.roles.test_rounds import seen as seen
@@ -71,7 +72,7 @@ def test_a_client_that_tells_an_absurd_loss_stops_nobody(folder: Path) -> None:
     kept.count({0: 1}, {0: (1e300, 1, 1)})
 
 
-SOME = ["random, count: 2", "random, share: 0.5", "oort, count: 2"]
+SOME = each_fast("random, share: 0.5", slow=["random, count: 2", "oort, count: 2"])
 
 
 @pytest.mark.parametrize("some", SOME)
@@ -83,7 +84,7 @@ def test_sums_are_masked_among_those_who_are_asked(folder: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "some", ["random, count: 1, minimum: 2", "random, share: 0.25, minimum: 3", "random, share: 0.5"]
+    "some", each_fast("random, count: 1, minimum: 2", slow=["random, share: 0.25, minimum: 3", "random, share: 0.5"])
 )
 def test_the_mean_of_clipped_changes_is_over_those_who_are_asked(folder: Path, tmp_path: Path, some: str) -> None:
     every = [*FOUR, *EVERY, f"rounds.participation={{policy: {some}}}"]
