@@ -38,8 +38,9 @@ from splitllm.roles.client import Client
 from splitllm.roles.continuous import Continuous
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.elsewhere import Elsewhere
+from splitllm.roles.outcomes import largest
 from splitllm.roles.rounding import Rounding
-from splitllm.roles.rounds import Kept, Rounds, largest
+from splitllm.roles.rounds import Kept, Rounds
 from splitllm.roles.runner import Batching, Runner
 from splitllm.roles.server import Counts, LossWeights, Reports, Server, StepSums, Top, unobserved, unobserved_round
 from splitllm.roles.together import ADAPTER_SLOT

@@ -22,7 +22,8 @@ from splitllm.roles.closing import Closing, Settled, apply
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.hidden import hidden_round
 from splitllm.roles.local import Local
-from splitllm.roles.rounds import Rounds, is_void, outcome_in
+from splitllm.roles.outcomes import is_void, outcome_in
+from splitllm.roles.rounds import Rounds
 from splitllm.roles.together import (
     Crossed,
     answered,

@@ -13,7 +13,7 @@ import torch
 from splitllm.errors import AverageError, PeerError, RecipeError
 from splitllm.federated.exchange import Exchange
 from splitllm.federated.rounds import Arithmetic, Tensors
-from splitllm.roles.rounds import usable
+from splitllm.roles.outcomes import usable
 
 logger = logging.getLogger(__name__)
 SAID_SECONDS = 60.0

@@ -21,9 +21,9 @@ from splitllm.roles.checks import Allowed
 from splitllm.roles.generation import Begun, Past, Summit
 from splitllm.roles.meeting import Meeting
 from splitllm.roles.order import Order
+from splitllm.roles.outcomes import largest
 from splitllm.roles.parts import Part, part_of
 from splitllm.roles.recovery import Decision, Standing, decide, standings_from_json
-from splitllm.roles.rounds import largest
 from splitllm.roles.runner import Batching
 from splitllm.roles.server import Server
 from splitllm.roles.together import Tensors, state_in

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from splitllm.federated.rounds import ADAPTER, FROZEN, STEP, A, B
-from splitllm.roles.rounds import MOMENTS
+from splitllm.federated.rounds import ADAPTER, FROZEN, A, B
+from splitllm.roles.holding import MOMENTS
+from splitllm.roles.outcomes import fits
 from splitllm.roles.together import is_number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
@@ -94,19 +95,9 @@ class RoundBounds:
         known = f"{place}/" == ADAPTER or (self.frozen and f"{place}/" == FROZEN) or (self.moments and place in MOMENTS)
         if like is None or not known:
             return f"{key[:200]!r}, which is not due"
-        if tensor.dtype not in FLOATS or not self._fits(place, name, tensor, like):
+        if tensor.dtype not in FLOATS or not fits(key, tensor.shape, like, any_rank=self.any_rank):
             return f"{key} of {tensor.dtype} {list(tensor.shape)}"
         return None
-
-    def _fits(self, place: str, name: str, tensor: torch.Tensor, like: torch.Size) -> bool:
-        if f"{place}/" == STEP:
-            return tensor.shape == torch.Size()
-        pair = name.endswith((A, B))
-        if f"{place}/" == FROZEN or (self.any_rank and pair and f"{place}/" == ADAPTER):
-            wide = 1 if name.endswith(A) else 0
-            most = max(like)  # of rank: no product of these widths has more
-            return tensor.dim() == 2 and tensor.shape[wide] == like[wide] and tensor.shape[1 - wide] <= most
-        return tensor.shape == like
 
     def _missing(self, tensors: Mapping[str, torch.Tensor], wanted: Shapes) -> str | None:
         """Every adapter tensor is due, or what it was frozen into; A and B go together."""

@@ -14,60 +14,21 @@ from typing import Any
 
 import torch
 
-from splitllm.errors import AverageError, DivergedError, PeerError
+from splitllm.errors import AverageError, DivergedError
 from splitllm.federated.averager import NOT_FINITE, Averager
-from splitllm.federated.factors import LowRank, stacked
-from splitllm.federated.rounds import ADAPTER, FROZEN, A, Arithmetic, B, Combined, Tensors, Update, compact
-from splitllm.model.lora import initial_a
-from splitllm.model.trainable import Trainable
+from splitllm.federated.rounds import ADAPTER, FROZEN, A, Arithmetic, Combined, Tensors, Update
 from splitllm.privacy.fixedpoint import Words
 from splitllm.recipe import Recipe, level_due, side_that_trains
 from splitllm.roles.hidden import Hiding, summed
+from splitllm.roles.holding import Holder
+from splitllm.roles.outcomes import Outcome, largest
 from splitllm.roles.participation import Participation
-from splitllm.roles.together import answered
 from splitllm.roles.worker import Worker
 from splitllm.wire.message import Message
 
 PART = "participation/"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 Weights = dict[int, list[float]]
 """Client -> how much it counts at each level, lowest first."""
-
-
-@dataclass(frozen=True)
-class Holder:
-    """An adapter that is trained by itself.
-
-    Attributes:
-        sender: whose it is: a role, or the client that a server trains it for.
-        trainable: the adapter.
-        scale: of its products.
-        client: the number of that client; None: all that the role serves.
-    """
-
-    sender: str
-    trainable: Trainable
-    scale: float
-    client: int | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of an average.
-
-    Attributes:
-        combined: None where nothing came that could be averaged.
-        rejected: who was left out -> why.
-        updates: that were averaged.
-        void: why it does not count; None: it does.
-        epsilon: that all rounds of this server so far have cost, where there is noise.
-    """
-
-    combined: Combined | None
-    rejected: Mapping[str, str]
-    updates: int
-    void: str | None = None
-    epsilon: float | None = None
 
 
 @dataclass
@@ -145,7 +106,7 @@ class Rounds:
 
     def values(self, due: int) -> list[Tensors]:
         """Of all that is trained here."""
-        return [self._sent(holder, due) for holder in self._holders()]
+        return [self._value(holder, due) for holder in self._holders()]
 
     def uncounted(self, messages: Sequence[Message]) -> Tensors:
         """What goes up where nothing was averaged, so that the outcome of others comes down: it counts nothing."""
@@ -166,7 +127,7 @@ class Rounds:
         now = {client: each[self.level - 1] for client, each in weights.items()}
         found = [Update(name, math.fsum(now[c] for c in clients), value) for name, clients, value in children]
         for holder in self._holders():
-            value = self._sent(holder, due)
+            value = self._value(holder, due)
             if holder.client is not None:
                 found.append(Update(holder.sender, now.get(holder.client, 0.0), value))
             else:
@@ -275,7 +236,7 @@ class Rounds:
         what it trains it is what the last round gave it, should one after that have been void.
         """
         hidden = self.hiding is not None and self.level == 0
-        found = [(h.trainable.anchor() if hidden else _tensors_of(h), h.scale) for h in self._holders()]
+        found = [(h.trainable.anchor() if hidden else h.adapter(), h.scale) for h in self._holders()]
         held = [self.arithmetic.sent(tensors, scale) for tensors, scale in found]
         tensors = {name.removeprefix(ADAPTER): t for name, t in largest(held).items()}
         frozen = self.worker.frozen if self.worker is not None else None
@@ -287,16 +248,13 @@ class Rounds:
         for group in self.groups.get(due, ()):
             members = [own[client] for client in group if client in own]
             updates = [
-                Update(h.sender, weights[h.client][due - 1], self._sent(h, due))
+                Update(h.sender, weights[h.client][due - 1], self._value(h, due))
                 for h in members
                 if h.client is not None
             ]
             usable = [update for update in updates if update.weight > 0 and update.tensors]
-            if usable and self.averager is not None:
-                try:
-                    combined, _ = self.averager.combine(usable)
-                except AverageError as error:
-                    raise DivergedError(str(error)) from error
+            if usable:
+                combined, _ = self._combined(usable)
                 for holder in members:
                     self._renew(holder, combined.value, due, 0)
 
@@ -318,7 +276,6 @@ class Rounds:
         Raises:
             DivergedError: nothing of what came is finite.
         """
-        assert self.averager is not None
         unusable = dict.fromkeys(spoiled, NOT_FINITE)
         updates = [each for each in self.updates(children, weights, due) if each.sender not in unusable]
         if not updates and unusable:
@@ -327,12 +284,16 @@ class Rounds:
             )
         if not updates:
             return Outcome(None, {}, 0, "nobody took part")
-        try:
-            combined, rejected = self.averager.combine(updates)
-        except AverageError as error:
-            raise DivergedError(str(error)) from error
+        combined, rejected = self._combined(updates)
         left, rejected = {update.sender for update in updates} - rejected.keys(), unusable | rejected
         return Outcome(combined, rejected, len(left), self.is_void(self._usable(weights, rejected)))
+
+    def _combined(self, updates: Sequence[Update]) -> tuple[Combined, dict[str, str]]:
+        assert self.averager is not None
+        try:
+            return self.averager.combine(updates)
+        except AverageError as error:
+            raise DivergedError(str(error)) from error
 
     def average_hidden(self, words: Words, weights: Weights, due: int, steps: int) -> Outcome:
         """The same of the sum of what clients have added."""
@@ -347,29 +308,19 @@ class Rounds:
         """What is trained here."""
         if self.worker is None:
             return []
-        mine = [Holder(self.name, self.worker.trainable, self.scale(None))] if self.worker.trainable.parameters else []
-        own = self.worker.own.items()
-        return mine + [Holder(self.names[client], each, self.scale(client), client) for client, each in own]
+        together, frozen, own = self.worker.trainable, self.worker.frozen, self.worker.own.items()
+        mine = [Holder(self.name, together, self.scale(None), None, frozen)] if together.parameters else []
+        beside = frozen if self.level == 0 else None  # of a server's clients nothing is frozen
+        return mine + [Holder(self.names[c], each, self.scale(c), c, beside) for c, each in own]
 
-    def _sent(self, holder: Holder, due: int) -> Tensors:
+    def _value(self, holder: Holder, due: int) -> Tensors:
         """What it trains that others have, too, as a value."""
-        trains = holder.trainable.parameters.items()
-        adapter = {name: p.detach() for name, p in trains if p.requires_grad and self.block(name) in self.blocks}
-        value = self.arithmetic.sent(adapter, holder.scale)
-        if self.recipe.rounds.moments == "average":
-            state = holder.trainable.state()
-            value |= {key: t for key, t in state.items() if key.partition("/")[2] in adapter and _is_moment(key)}
-        if self.worker is not None and self.worker.frozen is not None and self._freezes(holder):
-            for module in self.worker.frozen.modules:
-                if module + A in adapter and (added := self._added(module, due)) is not None:
-                    value |= {FROZEN + module + A: added.a_RD, FROZEN + module + B: added.b_OR}
-        return value
+        averaged = [name for name in holder.trainable.parameters if self.block(name) in self.blocks]
+        return holder.value(self.arithmetic, averaged, due, moments=self.recipe.rounds.moments == "average")
 
-    def _added(self, module: str, due: int) -> LowRank | None:
-        """What lower levels have frozen since the last round of the one that is due."""
-        assert self.worker is not None and self.worker.frozen is not None
-        parts = [LowRank(*factors) for factors in self.worker.frozen.below(module, due)]
-        return stacked(parts, [1.0] * len(parts)) if parts else None
+    def _renew(self, holder: Holder, value: Mapping[str, torch.Tensor], due: int, steps: int) -> None:
+        anew, reset = (self.recipe.seed, f" after {steps}"), self.recipe.rounds.moments == "reset"
+        holder.renew(self.arithmetic, value, due, anew, reset=reset)
 
     def _by_weight(self, sender: str, value: Tensors, now: Mapping[int, float]) -> list[Update]:
         """A server's own adapter: each block counts as much as the clients that it serves."""
@@ -379,117 +330,3 @@ class Rounds:
             served = math.fsum(w for client, w in now.items() if self.entries.get(client, 0) <= block)
             groups.setdefault(served, {})[key] = tensor
         return [Update(sender, weight, tensors) for weight, tensors in groups.items()]
-
-    def _renew(self, holder: Holder, value: Mapping[str, torch.Tensor], due: int, steps: int) -> None:
-        parameters = holder.trainable.parameters
-        taken = self.arithmetic.received(value, {n: p.detach() for n, p in parameters.items()}, holder.scale)
-        moments = {k: t for k, t in value.items() if _is_moment(k) and k.partition("/")[2] in parameters}
-        anew = self._anew(holder, value, steps)
-        reset = self.recipe.rounds.moments == "reset" or bool(anew)
-        holder.trainable.renew({**taken, **moments, **anew}, reset=reset)
-        if self._freezes(holder):
-            self._freeze(value, due)
-
-    def _anew(self, holder: Holder, value: Mapping[str, torch.Tensor], steps: int) -> Tensors:
-        """Where all went into the frozen part: a new A, and B is 0."""
-        tensors: Tensors = {}
-        for name, parameter in holder.trainable.parameters.items():
-            if not name.endswith(A) or ADAPTER + name in value or FROZEN + name not in value:
-                continue
-            drawn = initial_a(f"{name} after {steps}", parameter.shape, self.recipe.seed)
-            b_name = name.removesuffix(A) + B
-            tensors[ADAPTER + name] = drawn.to(parameter.device, parameter.dtype)
-            tensors[ADAPTER + b_name] = torch.zeros_like(holder.trainable.parameters[b_name])
-        return tensors
-
-    def _freezes(self, holder: Holder) -> bool:
-        """Whether what rounds freeze beside this adapter lies here: beside those of a server's clients nothing does."""
-        return self.worker is not None and self.worker.frozen is not None and (holder.client is None or self.level == 0)
-
-    def _freeze(self, value: Mapping[str, torch.Tensor], due: int) -> None:
-        assert self.worker is not None and self.worker.frozen is not None
-        for module in self.worker.frozen.modules:
-            if FROZEN + module + A not in value:
-                continue
-            now = LowRank(value[FROZEN + module + A], value[FROZEN + module + B])
-            before = self.worker.frozen.of(module, due)
-            whole = now if before is None else stacked([LowRank(*before), now], [1.0, 1.0])
-            if whole.rank > min(whole.a_RD.shape[1], whole.b_OR.shape[0]):
-                whole = compact(whole)
-            self.worker.frozen.put(module, due, (whole.a_RD, whole.b_OR))
-
-
-def largest(parts: Iterable[Mapping[str, torch.Tensor]]) -> Tensors:
-    """All tensors; of one that several hold the largest."""
-    whole: Tensors = {}
-    for part in parts:
-        for name, tensor in part.items():
-            if name not in whole or tensor.numel() > whole[name].numel():
-                whole[name] = tensor
-    return whole
-
-
-def _tensors_of(holder: Holder) -> Tensors:
-    return {name: parameter.detach() for name, parameter in holder.trainable.parameters.items()}
-
-
-def outcome_in(reply: Message, sent: Mapping[str, torch.Tensor], arithmetic: Arithmetic) -> Tensors:
-    """The value in the answer to a round: of all that was sent, of shapes that fit, and finite.
-
-    Raises:
-        PeerError: it is not.
-    """
-    return usable(reply.tensors, sent, arithmetic, reply.sender)
-
-
-def usable(
-    answer: Mapping[str, torch.Tensor], sent: Mapping[str, torch.Tensor], arithmetic: Arithmetic, sender: str
-) -> Tensors:
-    """An outcome, if it is of all that was sent, of shapes that fit, and finite.
-
-    Raises:
-        PeerError: it is not.
-    """
-    value = dict(answer)
-    for name, like in {**_adapters(sent), **value}.items():
-        mine = sent.get(name)
-        if name not in value and FROZEN + name.removeprefix(ADAPTER) in value:
-            continue
-        found = value.get(name)
-        if found is None or not found.is_floating_point() or not bool(torch.isfinite(found).all()):
-            raise PeerError(f"{sender} answered round with nothing of use as {name}")
-        if not _alike(name, found, like if mine is None else mine, sent, arithmetic):
-            raise PeerError(f"{sender} answered round with {list(found.shape)} as {name}")
-    return value
-
-
-def is_void(reply: Message) -> bool:
-    """Whether a round does not count, so that everybody goes on with what it has.
-
-    Raises:
-        PeerError: the answer does not say.
-    """
-    void: bool = answered(reply, "void", lambda value: isinstance(value, bool))
-    return void
-
-
-def _adapters(sent: Mapping[str, torch.Tensor]) -> Tensors:
-    return {name: tensor for name, tensor in sent.items() if name.startswith(ADAPTER)}
-
-
-def _alike(
-    name: str, found: torch.Tensor, like: torch.Tensor, sent: Mapping[str, torch.Tensor], arithmetic: Arithmetic
-) -> bool:
-    """Whether a tensor of an outcome is of a shape that it can have."""
-    place, _, bare = name.partition("/")
-    own = sent.get(ADAPTER + bare, sent.get(FROZEN + bare))
-    if f"{place}/" == ADAPTER and not arithmetic.any_rank:
-        return found.shape == like.shape
-    if f"{place}/" in (ADAPTER, FROZEN):
-        wide = 1 if bare.endswith(A) else 0
-        return own is not None and found.dim() == 2 and found.shape[wide] == own.shape[wide]
-    return name in sent and found.shape == like.shape
-
-
-def _is_moment(key: str) -> bool:
-    return not key.startswith((ADAPTER, FROZEN)) and key.partition("/")[0] in MOMENTS

@@ -26,8 +26,9 @@ from splitllm.roles.elsewhere import Elsewhere
 from splitllm.roles.local import Local, LocalStep
 from splitllm.roles.masked import MaskedRounds
 from splitllm.roles.meeting import Meeting
+from splitllm.roles.outcomes import Outcome, is_void, outcome_in
 from splitllm.roles.questions import LossAsk, Upward, labelled
-from splitllm.roles.rounds import Outcome, Rounds, Weights, is_void, outcome_in
+from splitllm.roles.rounds import Rounds, Weights
 from splitllm.roles.runner import Batching, Runner
 from splitllm.roles.together import (
     Crossed,
