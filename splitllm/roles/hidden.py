@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from splitllm.errors import PeerError
+from splitllm.federated.averager import is_finite
 from splitllm.model.trainable import Tensors
 from splitllm.privacy.dp import add_noise, clip_update, epsilon
 from splitllm.privacy.fixedpoint import FixedPoint, Words
@@ -39,7 +40,6 @@ from splitllm.wire.message import Kind, Message
 logger = logging.getLogger(__name__)
 WORDS = "words"
 PHASES = ("keys", "shares", "masked")
-Shapes = Mapping[str, tuple[int, ...]]
 Ask = Callable[[Kind, Mapping[str, Any], Mapping[str, torch.Tensor]], Awaitable[Message]]
 """Sends a message of a kind, with header and tensors."""
 
@@ -51,7 +51,6 @@ class Hiding:
     Attributes:
         run: a digest of the recipe.
         server: name of the one right above.
-        clients: below it.
         fixed: how values are words.
         threshold: how many members have to be left; None: nothing is masked.
         clip: the largest norm of a client's change; None: adapters themselves are summed, not changes.
@@ -62,7 +61,6 @@ class Hiding:
 
     run: str
     server: str
-    clients: int
     fixed: FixedPoint
     threshold: int | None
     clip: float | None
@@ -84,7 +82,7 @@ class Hiding:
             name: of the client.
         """
         before = {key: anchor[key] for key in value}
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in value.values()):
+        if not is_finite(value):
             logger.warning("not finite: adds no change to this round", extra={"fields": {"client": name}})
             value = before
         if self.clip is None:

@@ -114,7 +114,6 @@ class Rounding:
         return Hiding(
             fingerprint(recipe),
             server,
-            clients,
             fixed,
             threshold if secure.aggregate else None,
             private.clip,
