@@ -104,7 +104,8 @@ def _gate(
     recipe, name = station.recipe, station.name
     kept = (record.values, record.put_back) if record is not None else ()
     entries = entries_of(recipe, name)
-    rounds = station.assembly().rounds(name, station.tier, worker, entries)
+    assembly = station.assembly()
+    rounds = assembly.rounds(name, station.tier, worker, entries)
     exported = None if rounds is None else rounds.adapter
     past = Past(station, journal, worker, *kept, held=held, speaks_for=batching.runner.worker, exported=exported)
     children = children_of(recipe, name)
@@ -115,10 +116,10 @@ def _gate(
         children,
         worker,
         uplink=uplink,
-        top=station.assembly().top(record.stepped, record.averaged) if record is not None else None,
-        summed=station.assembly().summed(worker),
+        top=assembly.top(record.stepped, record.averaged) if record is not None else None,
+        summed=assembly.summed(worker),
         entries=entries,
-        local=station.assembly().rounding.local(entries),
+        local=assembly.rounding.local(entries),
         rounds=rounds,
         schedule=station.schedule,
         batching=batching,

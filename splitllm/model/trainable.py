@@ -154,12 +154,11 @@ class Trainable:
 
         What a step under way has summed up is forgotten.
         """
-        self._sum = None
+        self._sum, by_name = None, _by_name(tensors)
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"{ADAPTER_SLOT}/{name}"])
             parameter.grad = None
-            keys = [key for key in tensors if key.partition("/")[2] == name]
-            slots = {key.partition("/")[0]: tensors[key].clone() for key in keys}
+            slots = {slot: tensor.clone() for slot, tensor in by_name[name].items()}
             if self._anchored:
                 self._anchor[name] = slots[ANCHOR_SLOT].to(parameter.device)
             self._set_moments(name, {k: v for k, v in slots.items() if k not in (ADAPTER_SLOT, ANCHOR_SLOT)})
@@ -171,11 +170,11 @@ class Trainable:
             tensors: `adapter/NAME` and perhaps the optimiser's `KEY/NAME`, of some parameters or all.
             reset: forget the optimiser's moments.
         """
+        by_name = _by_name(tensors)
         for name, parameter in self.parameters.items():
-            if (value := tensors.get(f"{ADAPTER_SLOT}/{name}")) is not None:
+            moments = dict(by_name.get(name, {}))
+            if (value := moments.pop(ADAPTER_SLOT, None)) is not None:
                 parameter.data.copy_(value)
-            keys = [key for key in tensors if key.partition("/")[2] == name]
-            moments = {key.partition("/")[0]: tensors[key] for key in keys if not key.startswith(ADAPTER_SLOT)}
             if reset or moments:
                 self._set_moments(name, {k: v.clone() for k, v in moments.items()})
         self._anchor_here()
@@ -197,6 +196,15 @@ class Trainable:
     def _anchor_here(self) -> None:
         if self._anchored:
             self._anchor = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+
+def _by_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensors]:
+    """What is called `SLOT/NAME`: name -> slot -> tensor."""
+    found: dict[str, Tensors] = {}
+    for key, tensor in tensors.items():
+        slot, _, name = key.partition("/")
+        found.setdefault(name, {})[slot] = tensor
+    return found
 
 
 def squared_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -174,8 +175,11 @@ class Rounding:
             found[lower] = [group for group in groups if below.issuperset(group)]
         return found
 
-    def _block(self, tensor: str) -> int:
-        return block_of(self.config, in_model(tensor))
+    @cached_property
+    def _block(self) -> Callable[[str], int]:
+        """Adapter tensor -> global index of its block; roles ask for every tensor in every step."""
+        config = self.config
+        return cache(lambda tensor: block_of(config, in_model(tensor)))
 
     def _start(self) -> Tensors:
         """The whole adapter as the run starts it."""

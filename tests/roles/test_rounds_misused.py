@@ -67,9 +67,20 @@ def test_half_an_adapter_beside_what_it_was_frozen_into_is_none() -> None:
 
 
 def test_a_client_that_tells_an_absurd_loss_stops_nobody(folder: Path) -> None:
-    recipe = load_recipe(folder / "recipe.yaml", [*TREES["two tiers"], LOCAL, "rounds.cloud_every=2"])
+    recipe = load_recipe(
+        folder / "recipe.yaml",
+        [*TREES["two tiers"], LOCAL, "rounds.cloud_every=2", "rounds.participation={policy: oort, count: 1}"],
+    )
     kept = Participation(recipe, {0: "client-0"})
     kept.count({0: 1}, {0: (1e300, 1, 1)})
+    kept.count({0: 1}, {0: (3.0, 1, 1)})
+    assert kept.weights({0: 1}) == {0: [2.0]}, "labels count, whatever the loss"
+    kept.held(1, 1, [], {0: 1})
+    seen = kept.history.clients["client-0"]
+    assert seen.utility is not None and math.isfinite(seen.utility)
+    again = Participation(recipe, {0: "client-0"})
+    again.load(kept.state())
+    assert again.history == kept.history
 
 
 SOME = each_fast("random, share: 0.5", slow=["random, count: 2", "oort, count: 2"])
