@@ -17,11 +17,12 @@ class MaskedRounds:
 
     Args:
         rounds: the server's part in rounds; None where there are none.
-        reply: makes an answer of the server: kind, place and header.
+        name: of the server.
+        generation: the stretch of the run that its messages belong to.
     """
 
-    def __init__(self, rounds: Rounds | None, reply: Callable[..., Message]) -> None:
-        self._rounds, self._reply = rounds, reply
+    def __init__(self, rounds: Rounds | None, name: str, generation: int) -> None:
+        self._rounds, self._name, self._generation = rounds, name, generation
         self._steps = -1
         self._meeting: Meeting | None = None
         self._masking: Masking | None = None
@@ -61,4 +62,6 @@ class MaskedRounds:
     async def _phase(self, messages: list[Message]) -> Callable[[Message], Message]:
         assert self._masking is not None
         told = self._masking.phase(messages)
-        return lambda message: self._reply("secure", message.micro_batch, {"said": told[message.sender]})
+        return lambda message: Message(
+            "secure", self._name, message.micro_batch, {"said": told[message.sender]}, generation=self._generation
+        )

@@ -159,7 +159,8 @@ class Server:
         """Start afresh with these children: whatever was under way is forgotten."""
         self.generation = generation
         self._opening, self._closing = Meeting(children, self._open), Meeting(children, self._close)
-        self._rounding, self._masking = Meeting(children, self._round), MaskedRounds(self.rounds, self.message)
+        self._rounding = Meeting(children, self._round)
+        self._masking = MaskedRounds(self.rounds, self.name, generation)
         self._weights: LossWeights = {}
         self._scales: dict[int, float] = {}
         self._labels: dict[int, int] = {}
