@@ -10,10 +10,11 @@ from statistics import median
 import torch
 
 from splitllm.errors import AverageError
+from splitllm.federated.handed import Handed
 from splitllm.federated.outer import Outer, outer_step
 from splitllm.federated.rounds import ADAPTER, Arithmetic, Combined, Tensors, Update
 
-GIVEN = "given/"
+GIVEN, HANDED = "given/", "handed/"
 NOT_FINITE, SQUARES = "not finite", "exp_avg_sq/"
 LARGEST_VALUE = 1e15
 """Of an update: products of what is larger leave fp32, and no adapter that has not diverged comes near."""
@@ -41,12 +42,18 @@ class Averager:
         outer: at the top, how it steps; None: it takes the average.
         start: what all holders below start from, `adapter/NAME`; needed where changes are looked at, and kept where it
             is there.
+        handed: at the top, what comes out of the run; None further down.
     """
 
     def __init__(
-        self, arithmetic: Arithmetic, limits: Limits, outer: Outer | None, start: Mapping[str, torch.Tensor]
+        self,
+        arithmetic: Arithmetic,
+        limits: Limits,
+        outer: Outer | None,
+        start: Mapping[str, torch.Tensor],
+        handed: Handed | None = None,
     ) -> None:
-        self.arithmetic, self.limits, self.outer = arithmetic, limits, outer
+        self.arithmetic, self.limits, self.outer, self.handed = arithmetic, limits, outer, handed
         self._given = {name: tensor.clone() for name, tensor in start.items()}
         self._moments: Tensors = {}
 
@@ -78,6 +85,8 @@ class Averager:
         """This is what all holders below go on from."""
         for name in self._given.keys() & value.keys():
             self._given[name] = value[name].detach().clone()
+        if self.handed is not None:
+            self.handed.take(value)
 
     def given(self) -> Tensors:
         """What was handed out last."""
@@ -85,12 +94,15 @@ class Averager:
 
     def state(self) -> Tensors:
         """All that a resumed run needs."""
-        return {GIVEN + name: tensor for name, tensor in self._given.items()} | self._moments
+        handed = {} if self.handed is None else self.handed.state()
+        return _behind(GIVEN, self._given) | _behind(HANDED, handed) | self._moments
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Be as a `state()` tells."""
         self._given = {n.removeprefix(GIVEN): t.clone() for n, t in tensors.items() if n.startswith(GIVEN)}
-        self._moments = {name: t.clone() for name, t in tensors.items() if not name.startswith(GIVEN)}
+        self._moments = {n: t.clone() for n, t in tensors.items() if not n.startswith((GIVEN, HANDED))}
+        if self.handed is not None:
+            self.handed.load({n.removeprefix(HANDED): t for n, t in tensors.items() if n.startswith(HANDED)})
 
     def _too_large(self, updates: Sequence[Update]) -> dict[str, str]:
         factor = self.limits.reject_beyond
@@ -135,6 +147,10 @@ def _unusable(update: Update) -> str | None:
         return f"a value of {largest:.3g}"
     squares = (tensor for name, tensor in update.tensors.items() if name.startswith(SQUARES))
     return "a square below 0" if any(bool((tensor < 0).any()) for tensor in squares) else None
+
+
+def _behind(place: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    return {place + name: tensor for name, tensor in tensors.items()}
 
 
 def is_finite(tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -99,7 +99,10 @@ class Roles:
 
         Where roles train by themselves, as `Rounds.adapter` names it.
         """
-        return largest([rounds.adapter() for rounds in self.rounds]) if self.local else adapter_in(self.state())
+        if not self.local:
+            return adapter_in(self.state())
+        decided = {name: tensor for rounds in self.rounds for name, tensor in rounds.decided().items()}
+        return largest([rounds.adapter() for rounds in self.rounds]) | decided
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put a state on every role."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from splitllm.federated.averager import Averager, Limits, starting
 from splitllm.federated.exchange import Exchange
+from splitllm.federated.handed import Handed
 from splitllm.federated.outer import Outer
 from splitllm.federated.pooling import Rules
 from splitllm.federated.rounds import Arithmetic, Tensors
@@ -31,6 +32,7 @@ from splitllm.recipe import (
     goes_by_rounds,
     intervals,
     lora_of,
+    own_blocks,
     parent_of,
     role_bounds,
     role_names,
@@ -77,7 +79,7 @@ class Rounding:
         """
         if not goes_by_rounds(self.recipe):
             return None
-        averager = self._averager(top=level == len(intervals(self.recipe))) if level else None
+        averager = self._averager(name, level, worker) if level else None
         participation = Participation(self.recipe, self._below(name, worker)) if level == 1 else None
         if worker is not None and averager is not None:
             worker.kept = Kept(averager, participation)
@@ -153,10 +155,16 @@ class Rounding:
         rounds = self.recipe.rounds
         return Arithmetic(rounds.rule, scaling_of(self.recipe.lora), rounds.trim)
 
-    def _averager(self, *, top: bool) -> Averager:
+    def _averager(self, name: str, level: int, worker: Worker | None) -> Averager:
+        top = level == len(intervals(self.recipe))
         rules = replace(self._rules, outer=self._rules.outer if top else None)
         start = starting(self._start()) if rules.look_at_changes or hides(self.recipe) else {}
-        return Averager(rules.arithmetic, rules.limits, rules.outer, start)
+        handed = (
+            Handed(rules.arithmetic, self._largest_start())
+            if worker is None or parent_of(self.recipe, name) is None
+            else None
+        )
+        return Averager(rules.arithmetic, rules.limits, rules.outer, start, handed)
 
     @property
     def _rules(self) -> Rules:
@@ -181,14 +189,32 @@ class Rounding:
         config = self.config
         return cache(lambda tensor: block_of(config, in_model(tensor)))
 
-    def _start(self) -> Tensors:
-        """The whole adapter as the run starts it."""
+    def _largest_start(self) -> Tensors:
+        """What rounds average as the run starts it, as a value, of the largest rank that somebody has of it."""
+        recipe, layers, found = self.recipe, self.config.num_hidden_layers, Tensors()
+        rank_of = {block: self._largest_rank(block) for block in averaged_blocks(recipe, layers)}
+        for rank in sorted(set(rank_of.values())):
+            whole = self._start(rank)
+            found |= {name: tensor for name, tensor in whole.items() if rank_of.get(self._block(name)) == rank}
+        return self._arithmetic.sent(found, scaling_of(recipe.lora))
+
+    def _largest_rank(self, block: int) -> int:
+        """Of those who train an adapter of a block."""
+        recipe, bounds = self.recipe, role_bounds(self.recipe, self.config.num_hidden_layers)
+        own, clients = block in own_blocks(recipe, self.config.num_hidden_layers), client_names(recipe)
+        holders = [name for name, (start, stop) in bounds.items() if start <= block < stop]
+        ranks = [lora_of(recipe, c).rank for c, name in enumerate(clients) if own or name in holders]
+        return max([*ranks, *(recipe.lora.rank for name in holders if not own and name not in clients)])
+
+    def _start(self, rank: int | None = None) -> Tensors:
+        """The whole adapter as the run starts it, of the recipe's rank or another."""
         recipe, dtype = self.recipe, adapter_dtype(DTYPES[self.recipe.model.dtype])
         given: Tensors = {}
         if recipe.lora.start_from is not None:
             given = in_text_model(load_adapter(Path(recipe.lora.start_from))[1], layout_of(self.config))
         start: Tensors = {}
-        for name, shape in adapter_shapes(self.config, recipe.lora, self.modules).items():
+        lora = recipe.lora if rank is None else recipe.lora.model_copy(update={"rank": rank})
+        for name, shape in adapter_shapes(self.config, lora, self.modules).items():
             new = initial_a(name, shape, recipe.seed) if ".lora_A." in name else torch.zeros(shape)
             if "magnitude" not in name:
                 start[name] = given.get(name, new).to(dtype)

@@ -233,14 +233,20 @@ class Rounds:
         """What is trained here by its names in an adapter file, and `frozen/NAME`; under rules of any rank scaled.
 
         Of what more than one holds here, the largest: after a round of all it is the best. Of a client that hides
-        what it trains it is what the last round gave it, should one after that have been void.
+        what it trains it is what the last round gave it, should one after that have been void. At the top it is of all
+        that rounds average what they gave.
         """
         hidden = self.hiding is not None and self.level == 0
         found = [(h.trainable.anchor() if hidden else h.adapter(), h.scale) for h in self._holders()]
         held = [self.arithmetic.sent(tensors, scale) for tensors, scale in found]
         tensors = {name.removeprefix(ADAPTER): t for name, t in largest(held).items()}
         frozen = self.worker.frozen if self.worker is not None else None
-        return tensors | (frozen.whole() if frozen is not None else {})
+        return tensors | (frozen.whole() if frozen is not None else {}) | self.decided()
+
+    def decided(self) -> Tensors:
+        """At the top, what rounds have made of all that they average, in the words of `adapter`; nothing elsewhere."""
+        handed = None if self.averager is None else self.averager.handed
+        return {} if handed is None else handed.adapter()
 
     def average_groups(self, weights: Weights, due: int) -> None:
         """A round of a lower level: what is trained here for its clients is averaged group by group."""
