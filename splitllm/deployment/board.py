@@ -16,7 +16,8 @@ from splitllm.metrics import Metrics, replace_text
 from splitllm.model.lora import adapter_shapes
 from splitllm.model.trainable import Tensors
 from splitllm.recipe import client_names, dump_recipe, lora_of, what_leaves_in_a_deployment
-from splitllm.roles.server import Reports, StepSums
+from splitllm.roles.convening import Reports
+from splitllm.roles.server import StepSums
 from splitllm.running.outcome import RECIPE
 from splitllm.running.places import ADAPTER, adapter_folders
 from splitllm.running.results import export_of, renew, summary_of

@@ -36,13 +36,14 @@ from splitllm.roles.admission import Admission, Room, admissions, batch_sizes
 from splitllm.roles.batcher import Alone, Synchronous
 from splitllm.roles.client import Client
 from splitllm.roles.continuous import Continuous
+from splitllm.roles.convening import Reports
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.elsewhere import Elsewhere
 from splitllm.roles.outcomes import largest
 from splitllm.roles.rounding import Rounding
 from splitllm.roles.rounds import Kept, Rounds
 from splitllm.roles.runner import Batching, Runner
-from splitllm.roles.server import Counts, LossWeights, Reports, Server, StepSums, Top, unobserved, unobserved_round
+from splitllm.roles.server import Counts, LossWeights, Server, StepSums, Top, unobserved, unobserved_round
 from splitllm.roles.together import ADAPTER_SLOT
 from splitllm.roles.worker import TENANT, Autocast, Worker
 from splitllm.wire.codecs import codec
