@@ -102,10 +102,10 @@ class Convener:
             return rounds.average(children, weights, rounds.due(steps), spoiled)
         there = [m for m in messages if any(weights[client][0] > 0 for client in rounds.clients_in(m))]
         try:
-            words = self._masking.total(there) if rounds.hiding.threshold else rounds.sum_of(there)
+            words, rejected = (self._masking.total(there), {}) if rounds.hiding.threshold else rounds.sum_of(there)
         except VoidRoundError as error:
             return Outcome(None, {}, 0, str(error))
-        return rounds.average_hidden(words, weights, rounds.due(steps), steps)
+        return rounds.average_hidden(words, rejected, weights, rounds.due(steps), steps)
 
     async def _outcome(
         self, messages: list[Message], made: Outcome, weights: Weights, reports: Reports

@@ -38,7 +38,7 @@ from splitllm.privacy.vectors import flatten, unflatten
 from splitllm.wire.message import Kind, Message
 
 logger = logging.getLogger(__name__)
-WORDS = "words"
+WORDS, _SLACK = "words", 1e-9
 PHASES = ("keys", "shares", "masked")
 Ask = Callable[[Kind, Mapping[str, Any], Mapping[str, torch.Tensor]], Awaitable[Message]]
 """Sends a message of a kind, with header and tensors."""
@@ -106,6 +106,14 @@ class Hiding:
         if self.clip is not None:
             mean = {key: given[key].double().cpu() + change for key, change in mean.items()}
         return {key: tensor.to(given[key].device, given[key].dtype) for key, tensor in mean.items()}
+
+    def fault(self, words: Words) -> str | None:
+        """Why what one client adds, seen as it is, is no change that was clipped; None: it may be one."""
+        assert self.clip is not None
+        norm = float(np.linalg.norm(self.fixed.decode(self.fixed.integers(words))))
+        if norm <= (self.clip + self.fixed.rounding_norm(words.size)) * (1 + _SLACK):
+            return None
+        return f"a change of norm {norm:.3g}, where rounds.privacy.clip is {self.clip:g}"
 
     def spent(self, rounds: int) -> float | None:
         """The epsilon of so many rounds; None without noise, which promises nothing.
@@ -198,18 +206,24 @@ def words_in(message: Message, dtype: np.dtype[np.unsignedinteger]) -> Words:
     return message.tensors[WORDS].cpu().numpy().view(dtype)
 
 
-def summed(messages: Sequence[Message], dtype: np.dtype[np.unsignedinteger], size: int) -> Words:
-    """The sum of words that are not masked.
+def summed(messages: Sequence[Message], hiding: Hiding, size: int) -> tuple[Words, dict[str, str]]:
+    """The sum of words that are not masked, and who was left out of it -> why.
 
     Raises:
         PeerError: somebody sent another number of them.
     """
+    total, rejected = np.zeros(size, hiding.fixed.dtype), dict[str, str]()
     for message in messages:
         found = message.tensors[WORDS].numel() if WORDS in message.tensors else 0
         if found != size:
             raise PeerError(f"{message.sender} sent {message.kind} with {found} words, where {size} are due")
-    total: Words = np.sum([words_in(message, dtype) for message in messages], axis=0, dtype=dtype)
-    return total
+        words = words_in(message, hiding.fixed.dtype)
+        fault = hiding.fault(words)
+        if fault is None:
+            total += words
+        else:
+            rejected[message.sender] = fault
+    return total, rejected
 
 
 def _tensor(words: Words) -> torch.Tensor:

@@ -148,11 +148,11 @@ class Rounds:
         names = {key: tensor for key, tensor in given if self._is_summed(key.partition("/")[2], stop)}
         return {key: tensor for key, tensor in names.items() if side is None or f".lora_{side}." in key}
 
-    def sum_of(self, messages: Sequence[Message]) -> Words:
-        """Of words that are not masked."""
+    def sum_of(self, messages: Sequence[Message]) -> tuple[Words, dict[str, str]]:
+        """Of words that are not masked; and who was left out -> why."""
         assert self.hiding is not None
         size = sum(tensor.numel() for tensor in self.summed_tensors(messages[0].step).values())
-        return summed(messages, self.hiding.fixed.dtype, size)
+        return summed(messages, self.hiding, size)
 
     def _is_summed(self, name: str, stop: int) -> bool:
         return self.block(name) in self.blocks and self.block(name) < stop
@@ -301,14 +301,17 @@ class Rounds:
         except AverageError as error:
             raise DivergedError(str(error)) from error
 
-    def average_hidden(self, words: Words, weights: Weights, due: int, steps: int) -> Outcome:
-        """The same of the sum of what clients have added."""
+    def average_hidden(
+        self, words: Words, rejected: Mapping[str, str], weights: Weights, due: int, steps: int
+    ) -> Outcome:
+        """The same of the sum of what clients have added, but those who were left out of it."""
         assert self.hiding is not None and self.participation is not None
-        members = [client for client, each in weights.items() if each[self.level - 1] > 0]
+        left = {c: each for c, each in weights.items() if self.names[c] not in rejected}
+        members = [client for client, each in left.items() if each[self.level - 1] > 0]
         value = self.hiding.mean(words, len(members), self.summed_tensors(steps))
-        made = self.average([("the clients' sum", members, value)], weights, due)
+        made = self.average([("the clients' sum", members, value)], left, due)
         spent = self.hiding.spent(self.participation.rounds_held + 1)
-        return replace(made, updates=len(members), epsilon=spent)
+        return replace(made, updates=len(members), rejected=rejected, epsilon=spent)
 
     def _holders(self) -> list[Holder]:
         """What is trained here."""
