@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_low
 
 import torch
 
@@ -26,7 +26,8 @@ class Limits:
 
     Attributes:
         clip: the largest norm of a change; longer ones are shortened to it. None: any.
-        reject_beyond: a change of so many times the median norm is left out. None: only what is not finite is.
+        reject_beyond: a change of so many times the median norm is left out; of an even number of changes the lower of
+            the two in the middle counts, so that of two one can be left out. None: only what is not finite is.
     """
 
     clip: float | None = None
@@ -72,7 +73,8 @@ class Averager:
         if not left:
             why = "; ".join(f"{sender}: {reason}" for sender, reason in rejected.items())
             raise AverageError(f"nothing is left to average ({why}); lower the learning rate, or reject less")
-        return self.arithmetic.combine([self._clipped(update) for update in left]), rejected
+        norms = self._norms(left) if self.limits.clip is not None else {}
+        return self.arithmetic.combine([self._clipped(update, norms) for update in left]), rejected
 
     def settle(self, value: Tensors) -> Tensors:
         """At the level whose round it is: what is handed out for an average."""
@@ -108,12 +110,17 @@ class Averager:
         factor = self.limits.reject_beyond
         if factor is None:
             return {}
+        norms = self._norms(updates)
+        usual = median_low(norms.values()) if norms else 0.0
+        words = "a change of norm {:.3g}, where {:.3g} is the median"
+        return {s: words.format(norm, usual) for s, norm in norms.items() if norm > factor * usual}
+
+    def _norms(self, updates: Sequence[Update]) -> dict[str, float]:
+        """Of each holder's change, which may come in parts of different weight."""
         norms: dict[str, float] = {}
         for update in updates:
             norms[update.sender] = math.hypot(norms.get(update.sender, 0.0), self._change(update))
-        usual = median(norms.values()) if norms else 0.0
-        words = "a change of norm {:.3g}, where {:.3g} is the median"
-        return {s: words.format(norm, usual) for s, norm in norms.items() if norm > factor * usual}
+        return norms
 
     def _change(self, update: Update) -> float:
         changes = [self._from(name, t) for name, t in update.tensors.items() if name in self._given]
@@ -122,12 +129,10 @@ class Averager:
     def _from(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double() - self._given[name].to(tensor.device).double()
 
-    def _clipped(self, update: Update) -> Update:
-        """Drawn back to what was handed out last, along its change."""
-        if self.limits.clip is None:
-            return update
-        norm = self._change(update)
-        if norm <= self.limits.clip:
+    def _clipped(self, update: Update, norms: Mapping[str, float]) -> Update:
+        """Drawn back to what was handed out last, along the change of all that its holder brings."""
+        norm = norms.get(update.sender, 0.0)
+        if self.limits.clip is None or norm <= self.limits.clip:
             return update
         tensors = dict(update.tensors)
         for name in tensors.keys() & self._given.keys():

@@ -52,6 +52,35 @@ def test_values_with_which_no_rule_can_count_are_left_out(rule: str) -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in made.value.values())
 
 
+START = {"adapter/x.lora_A.weight": torch.zeros(2, 5), "adapter/x.lora_B.weight": torch.zeros(4, 2)}
+
+
+@pytest.mark.parametrize(
+    ("others", "rejected"), [([1.0], True), ([1.0, 1.1], True), ([1.0, 1.1, 1.2], True), ([], False)]
+)
+def test_one_of_any_number_of_updates_can_be_too_large(others: list[float], rejected: bool) -> None:
+    averager = Averager(Arithmetic("fedavg"), Limits(reject_beyond=5.0), None, START)
+    updates = [update(f"{number}", value) for number, value in enumerate([*others, 10.0])]
+    assert list(averager.combine(updates)[1]) == ([f"{len(others)}"] if rejected else [])
+
+
+def test_those_between_whom_there_is_no_factor_are_all_kept() -> None:
+    averager = Averager(Arithmetic("fedavg"), Limits(reject_beyond=2.0), None, START)
+    for values in ([1.0, 1.9], [1.0, 0.0, 1.1], [0.0, 0.0]):
+        assert averager.combine([update(str(n), value) for n, value in enumerate(values)])[1] == {}
+
+
+def test_what_one_holder_brings_in_parts_is_clipped_as_one() -> None:
+    """Blocks that serve more clients weigh more, so a server's adapter comes in parts."""
+    parts = {f"adapter/{block}.lora_{side}.weight": torch.full((3, 3), 1.0) for block in "xy" for side in "AB"}
+    averager = Averager(Arithmetic("fedavg"), Limits(clip=0.5), None, {n: torch.zeros(3, 3) for n in parts})
+    x, y = ({n: t for n, t in parts.items() if f"/{block}." in n} for block in "xy")
+    made, _ = averager.combine([Update("edge-0", 1.0, x), Update("edge-0", 2.0, y)])
+    norm = math.hypot(*(float(tensor.norm()) for tensor in made.value.values()))
+    assert norm == pytest.approx(0.5)
+    assert all(torch.allclose(tensor, torch.full((3, 3), 0.5 / 6)) for tensor in made.value.values())
+
+
 @pytest.mark.parametrize("rule", ["fedavg", "hetlora"])
 def test_one_narrow_value_makes_no_average_narrow(rule: str) -> None:
     made = Arithmetic(rule).combine([update("a", dtype=torch.bfloat16), update("b")])
