@@ -10,6 +10,7 @@ from rich.console import Console
 
 from splitllm.deployment.board import Board, LaneRecord
 from splitllm.deployment.bounds import allowed
+from splitllm.deployment.halls import hall_of, merges_of
 from splitllm.deployment.held import Held
 from splitllm.deployment.journal import Journal
 from splitllm.deployment.past import Past
@@ -18,11 +19,15 @@ from splitllm.deployment.station import Station
 from splitllm.metrics import Metrics
 from splitllm.recipe import Recipe, children_of, clients_below, goes_by_lanes
 from splitllm.roles.assembly import batching_of, entries_of
+from splitllm.roles.buffered import BufferedHall
 from splitllm.roles.gate import Gate
 from splitllm.roles.generation import Summit
+from splitllm.roles.hall import Hall
 from splitllm.roles.lanes import Lanes
+from splitllm.roles.rounds import Rounds
 from splitllm.roles.runner import Batching
 from splitllm.roles.server import Commit, Server
+from splitllm.roles.together import Tensors
 from splitllm.roles.worker import Worker
 from splitllm.wire.uplink import RemoteLink
 
@@ -55,10 +60,11 @@ def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, u
         return _gate(station, journals[EVERYBODY], worker, batching, uplink, record)
     board = Board(station, metrics) if uplink is None else None
     held = _held(station, journals, worker)
+    hall = hall_of(station, held, uplink, None if board is None else board.averaged)
     gates = {}
     for client, journal in journals.items():
         lane = board.records[client] if board is not None else None
-        gates[client] = _gate(station, journal, worker.lane(client), batching, uplink, lane, client, held)
+        gates[client] = _gate(station, journal, worker.lane(client), batching, uplink, lane, client, held, hall)
         if lane is not None and journal.finished:
             lane.put_back(journal.newest_values()["beside"])
 
@@ -69,7 +75,7 @@ def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, u
         if board is not None:
             board.over(client)
 
-    lanes = Lanes(gates, batching, station.recipe.server.park_after, over)
+    lanes = Lanes(gates, batching, station.recipe.server.park_after, over, hall, merges_of(station, hall))
     for client in [client for client, journal in journals.items() if journal.over]:
         lanes.wait_no_more(client)
         over(client)
@@ -100,13 +106,14 @@ def _gate(
     record: Record | LaneRecord | None,
     client: int = EVERYBODY,
     held: Held | None = None,
+    hall: Hall | BufferedHall | None = None,
 ) -> Gate:
     recipe, name = station.recipe, station.name
     kept = (record.values, record.put_back) if record is not None else ()
     entries = entries_of(recipe, name)
-    assembly = station.assembly()
-    rounds = assembly.rounds(name, station.tier, worker, entries)
-    exported = None if rounds is None else rounds.adapter
+    assembly, lane = station.assembly(), None if client == EVERYBODY else client
+    rounds = assembly.rounds(name, station.tier, worker, entries, lane)
+    exported = None if rounds is None else _exported(rounds, hall)
     past = Past(station, journal, worker, *kept, held=held, speaks_for=batching.runner.worker, exported=exported)
     children = children_of(recipe, name)
     if client != EVERYBODY:
@@ -121,6 +128,8 @@ def _gate(
         entries=entries,
         local=assembly.rounding.local(entries),
         rounds=rounds,
+        lane=lane is not None,
+        hall=hall if isinstance(hall, Hall) and station.tier == 1 else None,
         schedule=station.schedule,
         batching=batching,
         traffic=uplink.of_client[client] if uplink is not None and client != EVERYBODY else None,
@@ -130,12 +139,17 @@ def _gate(
     return Gate(
         server,
         past,
-        allowed(station.plan, name, None if client == EVERYBODY else client),
+        allowed(station.plan, name, lane),
         summit=_summit(record, past) if record is not None else None,
         patience=_patience(station),
         finished_at=recipe.train.steps if journal.finished else None,
         lane=max(client, 0),
     )
+
+
+def _exported(rounds: Rounds, hall: Hall | BufferedHall | None) -> Callable[[], Tensors]:
+    """A role's part of the adapter; of a lane of the top with what its hall has made of all that rounds average."""
+    return rounds.adapter if hall is None else lambda: rounds.adapter() | hall.rounds.decided()
 
 
 def _said(past: Past, client: int) -> Commit:

@@ -19,7 +19,7 @@ from splitllm.model.naming import in_text_model
 from splitllm.model.shard import Shard
 from splitllm.model.tenants import Tenants
 from splitllm.model.trainable import Trainable
-from splitllm.recipe import LoraRecipe, Recipe, client_cuts, client_names, clients_below, lora_of, own_blocks
+from splitllm.recipe import LoraRecipe, Recipe, client_cuts, clients_below, lora_of, own_blocks
 from splitllm.recipe.rounds import hides
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -79,8 +79,10 @@ class Adapters:
         first = next(iter(copies.values()))
         if not first:
             return Trained(self._trainable({}), own)
+        clients = len(clients_below(self.recipe, name))
         common = Common(
-            self._trainable({n: nn.Parameter(p.detach().clone()) for n, p in first.items()}), buffer_of(self.recipe)
+            self._trainable({n: nn.Parameter(p.detach().clone()) for n, p in first.items()}),
+            buffer_of(self.recipe, clients),
         )
         lent = {client: self._trainable(parameters) for client, parameters in copies.items()}
         for copy in lent.values():
@@ -129,9 +131,9 @@ class Adapters:
         return {} if folder is None else in_text_model(load_adapter(Path(folder))[1], layout_of(self.config))
 
 
-def buffer_of(recipe: Recipe) -> Buffer:
-    """When what is common steps; by default when as many steps have closed as there are clients."""
+def buffer_of(recipe: Recipe, clients: int) -> Buffer:
+    """When what is common steps; by default when as many steps have closed as the server has clients."""
     server, by_labels = recipe.server, recipe.train.loss_weights == "token"
     if server.step_tenants is None and server.step_tokens is None:
-        return Buffer(len(client_names(recipe)), None, by_labels)
+        return Buffer(clients, None, by_labels)
     return Buffer(server.step_tenants, server.step_tokens, by_labels)

@@ -169,7 +169,7 @@ class Assembly:
         self._holders = holders(self.recipe, layers)
         self._adapters = Adapters(self.recipe, self.checkpoint.config, self.modules, self.site.device, self.lanes)
         self.roles = Roles(local=goes_by_rounds(self.recipe))
-        self.rounding = Rounding(self.recipe, self.checkpoint.config, self.modules)
+        self.rounding = Rounding(self.recipe, self.checkpoint.config, self.modules, self.lanes)
         self._bare: dict[tuple[int, tuple[int, int]], Shard] = {}
 
     def build(self) -> Roles:
@@ -279,9 +279,11 @@ class Assembly:
         self.roles.workers.setdefault(self.tiers[tier], {})[name] = worker
         return worker
 
-    def rounds(self, name: str, level: int, worker: Worker | None, entries: Mapping[int, int]) -> Rounds | None:
-        """A role's part in rounds, if there are any."""
-        found = self.rounding.of(name, level, worker, entries)
+    def rounds(
+        self, name: str, level: int, worker: Worker | None, entries: Mapping[int, int], lane: int | None = None
+    ) -> Rounds | None:
+        """A role's part in rounds, if there are any; `lane` as in `Rounding.of`."""
+        found = self.rounding.of(name, level, worker, entries, lane)
         self.roles.rounds += [] if found is None else [found]
         return found
 

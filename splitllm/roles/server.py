@@ -23,6 +23,8 @@ from splitllm.roles.closing import Closing, Settled, apply, scale_of, settle
 from splitllm.roles.convening import Convener, Reports
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.elsewhere import Elsewhere
+from splitllm.roles.hall import Hall
+from splitllm.roles.in_lane import InLane
 from splitllm.roles.local import Local, LocalStep
 from splitllm.roles.meeting import Meeting
 from splitllm.roles.questions import LossAsk, Upward, labelled
@@ -110,6 +112,8 @@ class Server:
         traffic: what of the bytes that cross its uplink is told of it; None: all.
         local: how it steps by itself between rounds; None: with all others.
         rounds: its part of them.
+        lane: whether it serves one client, which goes at its own pace, and has its rounds in a hall or further down.
+        hall: of the server that is right above clients with a lane each.
         commit: called with the number of steps done and the generation, once a step is applied and before anybody is
             told. What it returns is called beside the device, and waited for, too.
 
@@ -133,13 +137,15 @@ class Server:
         traffic: Traffic | None = None,
         local: Local | None = None,
         rounds: Rounds | None = None,
+        lane: bool = False,
+        hall: Hall | None = None,
         commit: Commit = no_commit,
     ) -> None:
         assert (uplink is None) != (top is None), "a server has a role above it or is the top"
         self.name, self.worker, self.uplink, self.top = name, worker, uplink, top
         self.summed, self.entries, self.schedule = frozenset(summed), entries or {}, schedule
         self.device, self.commit = device or Inline(), commit
-        self.local, self.rounds = local, rounds
+        self.local, self.rounds, self._lane, self._hall = local, rounds, lane, hall
         self.batching = batching or (Alone(Runner(worker, self.device)) if worker is not None else None)
         self.crossed = Crossed(traffic or (uplink.traffic if uplink is not None else Traffic()))
         self._waiting: dict[MicroBatchId, tuple[Pass, torch.Tensor, int]] = {}
@@ -154,7 +160,7 @@ class Server:
         """Start afresh with these children: whatever was under way is forgotten."""
         self.generation = generation
         self._opening, self._closing = Meeting(children, self._open), Meeting(children, self._close)
-        self._convener = Convener(self, self.rounds, children) if self.rounds is not None else None
+        self._convener = self._convened(children)
         self._weights: LossWeights = {}
         self._scales: dict[int, float] = {}
         self._labels: dict[int, int] = {}
@@ -164,6 +170,11 @@ class Server:
         self._waiting = {}
         self._due: dict[MicroBatchId, str] = {}
         self._begun: set[MicroBatchId] = set()
+
+    def _convened(self, children: Sequence[str]) -> Convener | InLane | None:
+        if self.rounds is None:
+            return None
+        return InLane(self, self.rounds, self._hall) if self._lane else Convener(self, self.rounds, children)
 
     async def handle(self, message: Message) -> Message:
         """Answer one request.
