@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +15,11 @@ from splitllm.errors import RecipeError
 from splitllm.federated.averager import Averager, Limits
 from splitllm.federated.rounds import Arithmetic, Update
 from splitllm.recipe import load_recipe
+from splitllm.roles.client import Client
 from splitllm.roles.participation import Participation
 from splitllm.wire.link import LocalLink
 from splitllm.wire.message import Message
+from tests.families import corpus, recipe, roles_of
 from tests.grids import each_fast
 from tests.roles.test_rounds import LOCAL, TREES, Seen, apart, rounds_in, run, takes_part
 from tests.roles.test_rounds import folder as folder
@@ -223,3 +227,33 @@ def test_limits_of_changes_are_refused_with_dora_whose_magnitudes_they_do_not_me
     every = [*TREES["two tiers"], LOCAL, "rounds.cloud_every=4", "lora.dora=true", "rounds.clip_update=0.01"]
     with pytest.raises(RecipeError, match="magnitudes"):
         load_recipe(folder / "recipe.yaml", every)
+
+
+def test_a_server_s_block_whose_clients_are_not_asked_does_not_step() -> None:
+    """Client 0 enters at block 1, client 1 at block 2; where the latter trains alone, block 1 must not step."""
+    rounds = {"replicas": "local", "cloud_every": 2, "participation": {"policy": "random", "count": 1}}
+    split = {"tiers": {"client": 2, "cloud": 1}, "client_cuts": {"client-1": 2}}
+    sgd = {"lr": 1e-2, "weight_decay": 0.1}
+    settings = {"steps": 20, "optimizer": sgd, "schedule": {"name": "constant"}}
+    wanted = recipe("gpt2", [1], split=split, rounds=rounds, train=settings)
+    roles = roles_of(wanted, corpus(2, rows=6))
+    (cloud,) = roles.workers["cloud"].values()
+    asked = next(each.participation for each in roles.rounds if each.participation is not None)
+    trained, still = False, 0
+    for step in range(0, 16, 2):
+        before = {name: tensor.clone() for name, tensor in cloud.trainable.state().items()}
+        asyncio.run(stepped(roles.clients, step))
+        after, alone = cloud.trainable.state(), asked.asked(step) == {1}
+        changed = {name.split(".h.")[1][0] for name, tensor in after.items() if not same(before.get(name), tensor)}
+        assert changed == {"2", "3", "4", "5"} | (set() if alone else {"1"})
+        trained, still = trained or not alone, still + (alone and trained)
+        asyncio.run(stepped(roles.clients, step + 1))
+    assert still, "with moments that would decay"
+
+
+def same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+    return one is not None and torch.equal(one, other)
+
+
+async def stepped(clients: Sequence[Client], step: int) -> None:
+    await asyncio.gather(*(client.step(step) for client in clients))
