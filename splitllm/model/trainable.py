@@ -70,7 +70,8 @@ class Trainable:
         self.parameters = dict(parameters)
         self.base_rate = optimizer.lr
         self._prox, self._anchored, self._anchor = prox, anchored or prox > 0, dict[str, torch.Tensor]()
-        self._anchor_here()
+        for name in self.parameters:
+            self._anchor_here(name)
         self._sum: OrderedSum | None = None
         self._optimizer = _OPTIMIZERS[optimizer.name](list(self.parameters.values()), optimizer) if parameters else None
 
@@ -177,7 +178,8 @@ class Trainable:
                 parameter.data.copy_(value)
             if reset or moments:
                 self._set_moments(name, {k: v.clone() for k, v in moments.items()})
-        self._anchor_here()
+            if value is not None or parameter.requires_grad:  # else it was not its turn to be averaged
+                self._anchor_here(name)
 
     def _set_moments(self, name: str, slots: Mapping[str, torch.Tensor]) -> None:
         if self._optimizer is None:
@@ -193,9 +195,9 @@ class Trainable:
         """Where the parameters were after the last round, of one that remembers it."""
         return dict(self._anchor)
 
-    def _anchor_here(self) -> None:
+    def _anchor_here(self, name: str) -> None:
         if self._anchored:
-            self._anchor = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            self._anchor[name] = self.parameters[name].detach().clone()
 
 
 def _by_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensors]:

@@ -192,6 +192,43 @@ def test_where_the_last_masked_round_is_void_nobody_hands_in_its_own_adapter(
     assert all(torch.equal(long[name], short[name]) for name in of_clients)
 
 
+ROLORA = ["split.tiers={client: 3, cloud: 1}", "split.cuts=[2]", *EVERY, MASKED, "rounds.rule=rolora", "train.steps=8"]
+
+
+def test_what_a_void_masked_round_of_one_matrix_has_left_counts_in_its_next_turn(
+    folder: Path, tmp_path: Path, lying: dict[int, str]
+) -> None:
+    """Rounds of B, A, B and A, of which the second is void: what A became in it counts in the last."""
+    lying[4] = "everybody"
+    long = ["train.schedule={name: constant}", "rounds.secure={aggregate: true, bits: 64}"]
+    whole = run(folder, tmp_path, *ROLORA, *long, name="whole")
+    assert [report["void"] is None for report in rounds_in(tmp_path / "whole")] == [True, False, True, True]
+    changes = run(folder, tmp_path, *ROLORA, *long, "rounds.privacy={clip: 100.0}", name="changes")
+    assert apart(whole, changes) < 1e-7, "changes are counted from what was handed out, not from after the void round"
+
+
+def test_after_a_void_masked_round_of_one_matrix_nobody_hands_in_its_own(lying: dict[int, str]) -> None:
+    lying[4] = "everybody"
+    rounds = {
+        "replicas": "local",
+        "cloud_every": 2,
+        "rule": "rolora",
+        "weights": "equal",
+        "secure": {"aggregate": True},
+    }
+    wanted = recipe("gpt2", [2], split={"tiers": {"client": 3, "cloud": 1}}, rounds=rounds, train={"steps": 6})
+    roles = roles_of(wanted, corpus(3, rows=6))
+    for step in range(6):
+        asyncio.run(stepped(roles.clients, step))
+    own = [client.worker.trainable.parameters for client in roles.clients]
+    given = next(each.decided() for each in roles.rounds if each.decided())
+    in_hand = [each.adapter() for each in roles.rounds if each.level == 0]
+    (sides,) = {tuple(sorted(name for name in part if ".lora_A." in name)) for part in in_hand}
+    for name in sides:
+        assert not torch.equal(own[0][name], own[1][name]), "each has gone on with what it had"
+        assert all(torch.equal(part[name], given[name]) for part in in_hand)
+
+
 def test_who_is_left_out_of_an_average_counts_nowhere_above_it(
     folder: Path, tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
