@@ -54,7 +54,11 @@ class Board:
         self.done()
 
     def averaged(self, steps: int, reports: Reports) -> None:
-        """Servers have averaged; each lane that was there may tell so."""
+        """This server has averaged what others brought."""
+        log_round(self.metrics, steps, reports)
+
+    def told(self, steps: int, reports: Reports) -> None:
+        """Servers further down have averaged; each lane that was there may tell so."""
         new = [report for report in reports if (report["role"], steps) not in self._told]
         self._told |= {(report["role"], steps) for report in new}
         log_round(self.metrics, steps, new)
@@ -143,7 +147,7 @@ class LaneRecord:
 
     def averaged(self, steps: int, reports: Reports) -> None:
         """What servers tell of rounds in which this client was."""
-        self.board.averaged(steps, reports)
+        self.board.told(steps, reports)
 
     def stepped(self, step: int, sums: StepSums) -> None:
         """A step is about to be committed; one whose gradients are not finite changes nothing, and is said."""

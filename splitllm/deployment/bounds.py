@@ -193,12 +193,18 @@ def _child(plan: Plan, name: str, clients: Collection[int], held: Mapping[str, H
         clients={number: names[number] for number in clients_below(recipe, name) if number in clients},
         roles={role: sharing(recipe, role) for role in roles},
         summed={tensor: shape for tensor, shape in together.items() if tensor in summed},
-        normed=each_steps if steps_alone else frozenset(together.keys() - summed),
-        own={client: len(tensors) for client, tensors in own.items()},
+        normed=each_steps if steps_alone else frozenset(_training(recipe, together.keys() - summed)),
+        own={client: len(_training(recipe, tensors)) for client, tensors in own.items()},
         adapter=everything
         or together | {f"{TENANT}{c}/{t}": shape for c, tensors in own.items() for t, shape in tensors.items()},
         averaged={t: s for t, s in everything.items() if block_of(plan.config, in_model(t)) in averaged},
     )
+
+
+def _training(recipe: Recipe, names: Collection[str]) -> list[str]:
+    """Those of which a step has a gradient; where A and B train by turns there are as many of each."""
+    side = side_that_trains(recipe, 0)
+    return [name for name in names if side is None or f".lora_{side}." in name]
 
 
 def _largest(parts: Sequence[Mapping[str, torch.Size]]) -> dict[str, torch.Size]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from rich.console import Console
 
@@ -113,8 +114,8 @@ def _gate(
     entries = entries_of(recipe, name)
     assembly, lane = station.assembly(), None if client == EVERYBODY else client
     rounds = assembly.rounds(name, station.tier, worker, entries, lane)
-    exported = None if rounds is None else _exported(rounds, hall)
-    past = Past(station, journal, worker, *kept, held=held, speaks_for=batching.runner.worker, exported=exported)
+    own: dict[str, Any] = {} if rounds is None else {"exported": _exported(rounds, hall), "scaled": rounds.scaled}
+    past = Past(station, journal, worker, *kept, held=held, speaks_for=batching.runner.worker, **own)
     children = children_of(recipe, name)
     if client != EVERYBODY:
         children = [child for child in children if client in clients_below(recipe, child)]

@@ -254,6 +254,10 @@ class Rounds:
         handed = None if self.averager is None else self.averager.handed
         return {} if handed is None else handed.adapter()
 
+    def scaled(self, tensors: Tensors) -> Tensors:
+        """What several clients train in common, as `adapter` has the rest."""
+        return {n.removeprefix(ADAPTER): t for n, t in self.arithmetic.sent(tensors, self.scale(None)).items()}
+
     def average_groups(self, weights: Weights, due: int) -> None:
         """A round of a lower level: what is trained here for its clients is averaged group by group."""
         own = {holder.client: holder for holder in self._holders() if holder.client is not None}
