@@ -67,7 +67,10 @@ class Convener:
         Raises:
             PeerError: it breaks the protocol.
         """
-        return await (self._masking.phase(message) if message.kind == "secure" else self._meeting.join(message))
+        if message.kind == "secure":
+            return await self._masking.phase(message)
+        self._masking.look(message)
+        return await self._meeting.join(message)
 
     async def _hold(self, messages: list[Message]) -> Callable[[Message], Message]:
         server, rounds, steps = self._server, self._rounds, messages[0].step
@@ -102,7 +105,7 @@ class Convener:
             return rounds.average(children, weights, rounds.due(steps), spoiled)
         there = [m for m in messages if any(weights[client][0] > 0 for client in rounds.clients_in(m))]
         try:
-            words, rejected = (self._masking.total(there), {}) if rounds.hiding.threshold else rounds.sum_of(there)
+            words, rejected = (self._masking.total(), {}) if rounds.hiding.threshold else rounds.sum_of(there)
         except VoidRoundError as error:
             return Outcome(None, {}, 0, str(error))
         return rounds.average_hidden(words, rejected, weights, rounds.due(steps), steps)
