@@ -169,7 +169,7 @@ class Book:
         due = rounds.due(steps)
         made = await self._device.run(lambda: self._averaged(arrivals, due))
         value = None if made.void or made.combined is None else dict(made.combined.value)
-        if value is not None:
+        if value is not None and self._above is not None:
             self._count([arrival for arrival in arrivals if arrival.name not in made.rejected])
         if due > rounds.level:
             value = await self._from_above(steps, value)

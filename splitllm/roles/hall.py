@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from splitllm.errors import PeerError
 from splitllm.policy import rounds as policy
 from splitllm.policy.history import Report, recorded, utility
 from splitllm.policy.participation import Asked, Rules, select
@@ -77,11 +78,13 @@ class Hall:
 
         Raises:
             DivergedError: nothing that anybody brought is finite.
-            PeerError: the server above gave no answer of use.
+            PeerError: its round is not due yet, or the server above gave no answer of use.
         """
         number = -(-arrival.steps // self._every)
         if number <= self.book.number:
             return self._late(arrival, number)
+        if number > self.book.number + 1:
+            raise PeerError(f"{arrival.name} brought round {number}, where {self.book.number + 1} is due")
         if self._outcome is None:
             self._outcome = asyncio.get_running_loop().create_future()
         outcome = self._outcome

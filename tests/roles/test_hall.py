@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 
-from splitllm.errors import DivergedError
+from splitllm.errors import DivergedError, PeerError
 from splitllm.policy.participation import Rules
 from tests.roles.halls import Above, Clock, Disk, brought, constant, hall_of, like, paced
 
@@ -211,6 +211,15 @@ def test_what_goes_further_up_is_all_since_the_last_time_and_is_brought_once() -
         assert {constant((await task).value) for task in tasks} == {7.0}
         ((at, weights, _, value),) = above.asked
         assert at == 8 and constant(value) == 6.0
+
+    run(test)
+
+
+def test_a_round_that_is_not_due_is_refused() -> None:
+    async def test() -> None:
+        hall = hall_of(paced(), Rules())
+        with pytest.raises(PeerError, match="client-0 brought round 2, where 1 is due"):
+            await hall.bring(brought(hall, 0, 4, 1.0))
 
     run(test)
 

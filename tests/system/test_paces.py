@@ -124,7 +124,7 @@ def test_some_away_in_every_round_one_slow_one_sending_nan_and_nobody_waits(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     recipe, drawn = ROOT / "recipes" / "quickstart.yaml", random.Random(time.time_ns())
-    words = (*LEARNS, *PACED, "split.tiers={client: 6, edge: 2, cloud: 1}", "rounds.participation.deadline=1.5")
+    words = (*LEARNS, *PACED, "split.tiers={client: 6, edge: 2, cloud: 1}", "rounds.participation.deadline=2.0")
     clean = train(load_recipe(recipe, words), tmp_path / "clean")
     with deployed(recipe, tmp_path / "run", *words) as deployment:
 
