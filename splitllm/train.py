@@ -147,7 +147,7 @@ async def _step(run: Run) -> None:
     loss, labels, tokens, up, down = run.world.sum_numbers([*_sums(reports), now.up - then.up, now.down - then.down])
     run.totals.add(int(tokens), seconds, int(up), int(down))
     log_round(run.metrics, run.step, run.roles.reports)
-    run.roles.reports = []
+    run.roles.reports.clear()
     if run.step % run.recipe.train.log_every and run.step < run.recipe.train.steps:
         return
     recent = run.totals.since_logged()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -349,3 +350,18 @@ def test_an_adapter_configuration_that_is_none_is_refused(
     )
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(str(tmp_path / "odd"))
+
+
+def test_noise_whose_price_nobody_can_work_out_is_refused_before_the_first_round(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = ["rounds.replicas=local", "rounds.cloud_every=2", "rounds.weights=equal"]
+    recipe = load_recipe(folder / "recipe.yaml", [*local, "rounds.privacy={clip: 0.5, noise: 2.0}"])
+    assert prepare(recipe).recipe is recipe
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    assert complaints(folder, tmp_path, *local, "rounds.privacy={clip: 0.5, noise: 2.0}") == [
+        "rounds.privacy.noise: 2 needs the library dp-accounting, which is not installed; "
+        "pip install 'splitllm[privacy]', or leave noise out"
+    ]
+    assert prepare(recipe, client=0).recipe is recipe, "it is servers that tell the price"
+    prepare(load_recipe(folder / "recipe.yaml", [*local, "rounds.privacy={clip: 0.5}"]))
