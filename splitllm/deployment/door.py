@@ -61,13 +61,14 @@ def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, u
         return _gate(station, journals[EVERYBODY], worker, batching, uplink, record)
     board = Board(station, metrics) if uplink is None else None
     held = _held(station, journals, worker)
-    hall = hall_of(station, held, uplink, None if board is None else board.averaged)
+    hall = hall_of(station, journals, held, uplink, None if board is None else board.averaged)
     gates = {}
     for client, journal in journals.items():
         lane = board.records[client] if board is not None else None
         gates[client] = _gate(station, journal, worker.lane(client), batching, uplink, lane, client, held, hall)
         if lane is not None and journal.finished:
             lane.put_back(journal.newest_values()["beside"])
+            lane.board.has_ended(client)
 
     def over(client: int) -> None:
         journals[client].mark_over()
