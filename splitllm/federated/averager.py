@@ -83,16 +83,11 @@ class Averager:
         mine = {name: tensor for name, tensor in value.items() if name in self._given}
         return value | outer_step(self.outer, self._given, mine, self._moments)
 
-    def handed_out(self, value: Mapping[str, torch.Tensor], *, of_all: bool = True) -> None:
-        """This is what all holders below go on from.
-
-        Args:
-            value: the outcome of a round.
-            of_all: whether no round is above it: the top of a site has others, too.
-        """
+    def handed_out(self, value: Mapping[str, torch.Tensor]) -> None:
+        """This is what all holders below go on from."""
         for name in self._given.keys() & value.keys():
             self._given[name] = value[name].detach().clone()
-        if self.handed is not None and of_all:
+        if self.handed is not None:
             self.handed.take(value)
 
     def given(self) -> Tensors:

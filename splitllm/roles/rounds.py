@@ -18,7 +18,7 @@ from splitllm.errors import AverageError, DivergedError
 from splitllm.federated.averager import NOT_FINITE, Averager
 from splitllm.federated.rounds import ADAPTER, FROZEN, A, Arithmetic, Combined, Tensors, Update
 from splitllm.privacy.fixedpoint import Words
-from splitllm.recipe import Recipe, intervals, level_due, side_that_trains
+from splitllm.recipe import Recipe, level_due, side_that_trains
 from splitllm.roles.hidden import Hiding, summed
 from splitllm.roles.holding import Holder
 from splitllm.roles.outcomes import Outcome, largest
@@ -168,7 +168,7 @@ class Rounds:
         for holder in self._holders():
             self._renew(holder, value, due, steps)
         if self.averager is not None:
-            self.averager.handed_out(value, of_all=due == len(intervals(self.recipe)))
+            self.averager.handed_out(value)
 
     def weights_in(self, messages: Sequence[Message]) -> Weights:
         """What every client below counts: worked out right above clients, told further up."""
