@@ -83,12 +83,12 @@ class Averager:
         mine = {name: tensor for name, tensor in value.items() if name in self._given}
         return value | outer_step(self.outer, self._given, mine, self._moments)
 
-    def handed_out(self, value: Mapping[str, torch.Tensor]) -> None:
-        """This is what all holders below go on from."""
+    def handed_out(self, value: Mapping[str, torch.Tensor], due: int = 0) -> None:
+        """This is what all holders below go on from; `due` is the highest level that averaged, where they differ."""
         for name in self._given.keys() & value.keys():
             self._given[name] = value[name].detach().clone()
         if self.handed is not None:
-            self.handed.take(value)
+            self.handed.take(value, due)
 
     def given(self) -> Tensors:
         """What was handed out last."""

@@ -168,7 +168,7 @@ class Rounds:
         for holder in self._holders():
             self._renew(holder, value, due, steps)
         if self.averager is not None:
-            self.averager.handed_out(value)
+            self.averager.handed_out(value, due)
 
     def weights_in(self, messages: Sequence[Message]) -> Weights:
         """What every client below counts: worked out right above clients, told further up."""
