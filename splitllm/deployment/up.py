@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from splitllm.metrics import human_bytes
 from splitllm.recipe import Recipe, command_of, goes_by_lanes, role_names
 from splitllm.running.interrupt import StopSignal
 from splitllm.running.places import adapter_folders, where_next
+
+WRONG = 2  # exit status of a command whose recipe is wrong
 
 
 def up(recipe: Recipe, directory: Path, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -50,7 +53,9 @@ def up(recipe: Recipe, directory: Path, *, resume: bool = False, console: Consol
     with held(directory):
         if not (directory / top / SUMMARY).exists():
             threads = recipe.train.threads or max(1, _cores() // sum(map(len, tiers)))
-            _run(prepare(recipe, directory, threads), tiers, recipe, console, fresh=not resume)
+            deployment = prepare(recipe, directory, threads)
+            _check_room(deployment, console)
+            _run(deployment, tiers, recipe, console, fresh=not resume)
         summary = collect(directory / top, directory)
     for line in _closing_lines(recipe, directory, summary):
         console.print(Text(line), soft_wrap=True)
@@ -77,6 +82,20 @@ def _run(deployment: Path, tiers: list[list[str]], recipe: Recipe, console: Cons
             f"stopped after step {step} of {last}, which is kept in {deployment.parent}; "
             "go on with the same command and --resume"
         )
+
+
+def _check_room(deployment: Path, console: Console) -> None:
+    """Say what all roles will hold, worked out in a process of its own, so that this one loads nothing.
+
+    Raises:
+        RecipeError: a role, or all of them on this machine, have no room.
+    """
+    words = [sys.executable, "-m", "splitllm", "plan", str(deployment), "--memory", "--here"]
+    planned = subprocess.run(words, capture_output=True, text=True, check=False)
+    for line in planned.stdout.splitlines():
+        console.print(Text(line), soft_wrap=True)
+    if planned.returncode == WRONG:
+        raise RecipeError([line for line in planned.stderr.splitlines() if line.strip()])
 
 
 def _child(deployment: Path, command: str, name: str, leash: Leash) -> Child:
