@@ -20,7 +20,7 @@ from splitllm.model.export import load_adapter, tensor_shapes
 from splitllm.model.families import dropouts, layout_of, set_dropouts
 from splitllm.model.loading import Checkpoint, load_config, quiet_transformers
 from splitllm.model.lora import adapter_shapes, block_of, matched_modules
-from splitllm.model.machine import available_bytes, device_bytes, give_back, resident_bytes
+from splitllm.model.machine import available_bytes, device_bytes, device_here, give_back, resident_bytes
 from splitllm.model.naming import in_text_model
 from splitllm.model.proof import admit
 from splitllm.recipe import (
@@ -197,17 +197,17 @@ def prepare(recipe: Recipe, *, data: bool = True, client: int | None = None, lim
     return plan
 
 
-def refuse_without_room(plan: Plan, device: torch.device, name: str | None = None) -> None:
+def refuse_without_room(plan: Plan, name: str | None = None) -> None:
     """Compare what a role, or all roles in one process, will hold with what this machine has left.
 
     Args:
         plan: of the run.
-        device: where it will compute.
         name: of the role; None: all of them.
 
     Raises:
         RecipeError: there is no room, with what would fit.
     """
+    device = device_here()
     on_device, free = device_bytes(device), available_bytes()
     if on_device is not None:
         plan.refuse_unless(device_needs(name, on_device, f"memory of {device}"))

@@ -38,6 +38,13 @@ def available_bytes() -> int | None:
     return min((free for free in found if free is not None), default=None)
 
 
+def device_here() -> torch.device:
+    """Where this process will compute, as accelerate will say once it is asked."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def device_bytes(device: torch.device) -> int | None:
     """What this process can still take on its device, up to a cap on its share; None of a CPU."""
     if device.type != "cuda":

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
-from splitllm.policy.admission import MIB, most_rows
+from splitllm.policy.admission import MIB
 from splitllm.recipe import Recipe, role_names
 from splitllm.roles.ledger import PARTS, Ledger, Parts
 
@@ -158,7 +158,7 @@ class _Remedies:
         if not train.activation_checkpointing:
             yield {"train.activation_checkpointing": True}
         if train.batch_size > 1:
-            yield {"train.batch_size": most_rows(train.batch_size, lambda n: self._fits({"train.batch_size": n}))}
+            yield {"train.batch_size": self._rows({})}
         if train.in_flight > 1:
             yield {"train.in_flight": 1}
         if (length := self._length({})) is not None:
@@ -169,13 +169,20 @@ class _Remedies:
         """Changes at once, ever more of them."""
         changes: Changes = {"train.activation_checkpointing": True}
         changes |= {"train.in_flight": 1} if self.recipe.train.in_flight > 1 else {}
-        rows = most_rows(self.recipe.train.batch_size, lambda n: self._fits({**changes, "train.batch_size": n}))
-        changes |= {"train.batch_size": rows} if rows < self.recipe.train.batch_size else {}
+        yield dict(changes)
+        changes |= {"train.batch_size": self._rows(changes)} if self.recipe.train.batch_size > 1 else {}
         yield changes
         if (length := self._length(changes)) is not None:
             yield {**changes, "data.max_length": length}
         for cuts in self._cuts():
             yield {**changes, **cuts}
+
+    def _rows(self, beside: Changes) -> int:
+        """The largest half, quarter, ... of the batch size that fits; 1 if none does."""
+        rows = self.recipe.train.batch_size // 2
+        while rows > 1 and not self._fits({**beside, "train.batch_size": rows}):
+            rows //= 2
+        return rows
 
     def _length(self, beside: Changes) -> int | None:
         """The longest half, quarter, ... of the rows' length that fits."""

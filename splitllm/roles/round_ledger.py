@@ -91,10 +91,8 @@ class _Sizes:
 
     def value(self, start: int, stop: int) -> int:
         """What stands for blocks `start` to `stop - 1` in a round."""
-        averaged = averaged_blocks(self.recipe, self.config.num_hidden_layers)
-        inside = [block for block in range(start, stop) if block in averaged]
         moments = 2 * (self.recipe.rounds.moments == "average" and self.recipe.train.optimizer.name == "adamw")
-        adapter = sum(size for block in inside for size in self._of_block(block))
+        adapter = sum(size for block in self._averaged(start, stop) for size in self._of_block(block))
         return (1 + moments) * adapter + self.frozen(start, stop, kept=False)
 
     def given(self, name: str) -> int:
@@ -104,10 +102,11 @@ class _Sizes:
         outer = rounds.outer.name != "none"
         if not (looks or outer):
             return 0
-        whole = [size for block in range(self.config.num_hidden_layers) for size in self._of_block(block)]
-        item = adapter_dtype(dtype_of(self.recipe)).itemsize
+        layers, item = self.config.num_hidden_layers, adapter_dtype(dtype_of(self.recipe)).itemsize
+        whole = sum(size for block in range(layers) for size in self._of_block(block))
+        averaged = sum(size for block in self._averaged(0, layers) for size in self._of_block(block))
         stepped = MOMENTS[rounds.outer.name] if name == top or len(self.recipe.split.tiers) == 1 else 0
-        return sum(whole) + stepped * sum(whole) // item * WIDE
+        return whole + stepped * averaged // item * WIDE
 
     def frozen(self, start: int, stop: int, *, kept: bool) -> int:
         """Factors beside the weights of these blocks: once in a value, and kept for every level and joined."""
@@ -115,9 +114,15 @@ class _Sizes:
             return 0
         item, ranks = adapter_dtype(dtype_of(self.recipe)).itemsize, self._ranks()
         pairs = [
-            min(ranks, min(wide)) * sum(wide) for block in range(start, stop) for wide in self._widths(block).values()
+            min(ranks, min(wide)) * sum(wide)
+            for block in self._averaged(start, stop)
+            for wide in self._widths(block).values()
         ]
         return sum(pairs) * item * (2 if kept else 1)
+
+    def _averaged(self, start: int, stop: int) -> list[int]:
+        averaged = averaged_blocks(self.recipe, self.config.num_hidden_layers)
+        return [block for block in range(start, stop) if block in averaged]
 
     def _ranks(self) -> int:
         """Of all that a run can freeze: every round adds the ranks of all who take part, and of their average."""

@@ -148,7 +148,7 @@ def restore(run: Run, saved: checkpoint.TrainingState | None) -> None:
         folder = checkpoint.folder_of(run.directory, saved.step)
         raise CheckpointError(f"{folder}: {odd[0]} is missing or misshapen: delete the folder to resume from before")
     run.roles.load(saved.tensors)
-    run.step = run.begun = saved.step
+    run.step = saved.step
     run.totals = Totals(**saved.totals)
     run.metrics.truncate_to(saved.step)
     run.metrics.say(f"resuming after step {saved.step} of {run.recipe.train.steps}")
@@ -229,7 +229,7 @@ def _peak_memory(run: Run) -> dict[str, Any]:
 
 def measure(run: Run) -> None:
     """Tell what the run takes, and what was predicted: of a GPU what lies there, else what is resident."""
-    if run.step != min(run.begun + AFTER_STEPS, run.recipe.train.steps):
+    if run.step != min(AFTER_STEPS, run.recipe.train.steps):
         return
     on_gpu, predicted = run.world.device.type == "cuda", run.plan.ledger.together
     found = torch.cuda.max_memory_allocated(run.world.device) if on_gpu else peak_bytes()

@@ -50,7 +50,6 @@ class Run:
         metrics: writes on rank 0 only.
         data: fingerprint of the rows and of the base model.
         step: optimiser steps done.
-        begun: those that were done when this process began.
         totals: sums over the run.
         crossed: traffic counted so far.
     """
@@ -62,7 +61,6 @@ class Run:
     metrics: Metrics
     data: str
     step: int = 0
-    begun: int = 0
     totals: Totals = field(default_factory=Totals)
     crossed: Traffic = field(default_factory=Traffic)
 
