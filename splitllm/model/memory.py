@@ -135,7 +135,7 @@ def tenant_holding(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[s
     mine = [name for name in modules if block_of(config, name) in own]
     copied = [name for name in modules if block_of(config, name) in alone and name not in mine]
     trained = _trained(recipe, lora, config, mine, entry, stop)
-    copy = adapter_bytes(config, lora, copied, entry, stop, dtype_of(recipe))
+    copy = adapter_bytes(config, recipe.lora, copied, entry, stop, dtype_of(recipe))
     return replace(trained, adapter=trained.adapter + copy, gradients=trained.gradients + copy)
 
 
@@ -143,13 +143,19 @@ def role_holding(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str
     """What of `role_price` does not depend on micro-batches: weights, adapter, gradients and optimiser."""
     (tier, index), layers = tier_of(recipe, name), config.num_hidden_layers
     start, stop = role_bounds(recipe, layers)[name]
-    weights = shard_bytes(config, start, stop, has_head(recipe, tier), dtype_of(recipe))
+    weights = role_weights(recipe, config, name)
     if tier == 0:
         return replace(_trained(recipe, lora_of(recipe, index), config, modules, start, stop), weights=weights)
     shared = [module for module in modules if block_of(config, module) not in own_blocks(recipe, layers)]
     trained = _trained(recipe, recipe.lora, config, shared, start, stop)
     published = tenant_blocks(recipe, layers) != own_blocks(recipe, layers)
     return replace(trained, weights=weights, adapter=(1 + published) * trained.adapter)
+
+
+def role_weights(recipe: Recipe, config: PreTrainedConfig, name: str) -> int:
+    """The frozen weights of a role's shard."""
+    start, stop = role_bounds(recipe, config.num_hidden_layers)[name]
+    return shard_bytes(config, start, stop, has_head(recipe, tier_of(recipe, name)[0]), dtype_of(recipe))
 
 
 def _entry(recipe: Recipe, layers: int, server: str, client: int) -> int:

@@ -18,6 +18,7 @@ from splitllm.recipe import (
     Recipe,
     averaged_blocks,
     children_of,
+    goes_by_lanes,
     goes_by_rounds,
     intervals,
     lora_of,
@@ -96,11 +97,11 @@ class _Sizes:
         return (1 + moments) * adapter + self.frozen(start, stop, kept=False)
 
     def given(self, name: str) -> int:
-        """What a server handed out last, where it looks at changes, and the moments that it steps by at the top."""
+        """What a server handed out last, where it looks at changes or has lanes, and moments that the top steps by."""
         rounds, top = self.recipe.rounds, list(self.recipe.split.tiers)[-1]
         looks = rounds.clip_update is not None or rounds.reject_beyond is not None or hides(self.recipe)
         outer = rounds.outer.name != "none"
-        if not (looks or outer):
+        if not (looks or outer or goes_by_lanes(self.recipe)):
             return 0
         layers, item = self.config.num_hidden_layers, adapter_dtype(dtype_of(self.recipe)).itemsize
         whole = sum(size for block in range(layers) for size in self._of_block(block))
