@@ -36,6 +36,8 @@ GEMMA_2B = {
     "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
 }  # fmt: skip
 LENGTH = 128
+HEAVY = ("datasets", "deepspeed", "pyarrow", "bitsandbytes")
+"""Packages that a role imports only where its recipe needs them."""
 IMPORTS = "import splitllm.deployment.client, splitllm.deployment.server"
 BARE_IMPORTS = "import torch, transformers, peft"
 
@@ -56,7 +58,7 @@ class Mode:
 
 
 MODES = {
-    "client": Mode(0, ("split.memory_mib={client: 850}",)),
+    "client": Mode(0, ("split.memory_mib={client: 850}",), {"PYTHONPROFILEIMPORTTIME": "1"}),
     "client without a limit": Mode(0),
     "plain": Mode(18),
     "activation checkpointing": Mode(18, ("train.activation_checkpointing=true",)),
@@ -146,9 +148,21 @@ def _said(log: Path) -> dict[str, float]:
     """What a role logged of itself: tokens a second in its steps after the first, and what it predicted."""
     events = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     steps = [event for event in events if event["event"] == "step" and event.get("tokens")][1:]
-    told = {"tokens_per_second": sum(s["tokens"] for s in steps) / sum(s["seconds"] for s in steps)} if steps else {}
+    told: dict[str, float] = (
+        {"tokens_per_second": sum(s["tokens"] for s in steps) / sum(s["seconds"] for s in steps)} if steps else {}
+    )
+    told["heavy_imports"] = len(imported_of(HEAVY, log))
     predicted = [event["predicted_mib"] * MIB for event in events if "predicted_mib" in event]
     return told | ({"predicted": predicted[0]} if predicted else {})
+
+
+def imported_of(packages: Sequence[str], log: Path) -> list[str]:
+    """Which of some packages a process imported, where it ran with PYTHONPROFILEIMPORTTIME: the log tells all."""
+    found = {
+        line.rpartition("|")[2].strip() for line in log.read_text().splitlines() if line.startswith("import time:")
+    }
+    assert "torch" in found or not found, "imports are told, or nothing is"
+    return [name for name in packages if name in found]
 
 
 def resident_after(imports: str) -> int:
