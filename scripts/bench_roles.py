@@ -36,7 +36,7 @@ GEMMA_2B = {
     "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
 }  # fmt: skip
 LENGTH = 128
-HEAVY = ("datasets", "deepspeed", "pyarrow", "bitsandbytes")
+HEAVY = ("datasets", "deepspeed", "pyarrow")
 """Packages that a role imports only where its recipe needs them."""
 IMPORTS = "import splitllm.deployment.client, splitllm.deployment.server"
 BARE_IMPORTS = "import torch, transformers, peft"
