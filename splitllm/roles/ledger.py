@@ -48,8 +48,9 @@ from splitllm.roles.round_ledger import RoundsHeld, rounds_held
 from splitllm.roles.under_way import at_once
 from splitllm.wire.codecs import codec
 
-HOLES = 2.0
-"""What glibc leaves unused between tensors, as a multiple of what one block has alive: 1.6 to 2.2 were measured."""
+HOLES, MOST_HOLES = 2.0, 512 * MIB
+"""What glibc leaves unused between tensors: as a multiple of what one block has alive 1.0 to 2.2 were measured, and at
+most 421 MiB, as blocks beyond 32 MiB lie apart."""
 WRITTEN = 3
 """Copies of its state that a role has while it writes its journal."""
 FEEDBACK_ITEM = 2  # bytes of a number that error feedback remembers, twice
@@ -66,7 +67,8 @@ class Parts:
         gradients: of the step.
         optimizer: its state.
         activations: what graphs keep between forward and backward.
-        scratch: what one block needs for a moment, and what the allocator leaves unused.
+        scratch: what one block needs for a moment.
+        allocator: what it leaves unused, on a CPU.
         logits: one chunk of them, of a role with the head.
         embeddings: rows of the table, of a client.
         messages: what arrives, waits to be sent or is kept until it has arrived; and what codecs carry on.
@@ -81,6 +83,7 @@ class Parts:
     optimizer: int = 0
     activations: int = 0
     scratch: int = 0
+    allocator: int = 0
     logits: int = 0
     embeddings: int = 0
     messages: int = 0
@@ -95,12 +98,7 @@ class Parts:
     @property
     def on_device(self) -> int:
         """Of a role that computes on a device with memory of its own, what lies there."""
-        return self.total - self.on_host
-
-    @property
-    def on_host(self) -> int:
-        """The rest."""
-        return self.process + self.messages + self.journal
+        return self.total - self.process - self.messages - self.journal - self.allocator
 
 
 PARTS = tuple(part.name for part in fields(Parts))
@@ -168,11 +166,12 @@ class _Book:
     def role(self, name: str) -> Parts:
         """All but the process."""
         parts = self._held(name)
-        graphs = self._graphs(name)
+        works = {self._work(name, client) for client in self._clients(name)}
         return replace(
             parts,
-            activations=graphs,
-            scratch=self._scratch(name),
+            activations=self._graphs(name),
+            scratch=max(self._passing(work) for work in works),
+            allocator=0 if self.recipe.memory_of(name) is not None else self._holes(works),
             logits=self._logits(name),
             embeddings=self._embeddings(name),
             messages=max(self._micro_batches(name), self._sums(name)) + self._feedback(name),
@@ -240,14 +239,19 @@ class _Book:
         share = min(1.0, self.recipe.server.tokens / positions)
         return max(*each, int(sum(each) * share))
 
-    def _scratch(self, name: str) -> int:
-        """What a block needs for a moment, and holes."""
-        alive, passing = 0, 0
-        for work in {self._work(name, client) for client in self._clients(name)}:
-            most = passing_bytes(self.config, replace(work, lora=self.recipe.lora))
+    def _passing(self, work: Work) -> int:
+        """What a block needs for a moment."""
+        return passing_bytes(self.config, replace(work, lora=self.recipe.lora))
+
+    def _holes(self, works: Iterable[Work]) -> int:
+        """What the allocator leaves unused."""
+        if gives_back():
+            return 0
+        alive = 0
+        for work in works:
             kept = activation_bytes(self.config, replace(work, checkpointing=False)) // max(1, work.stop - work.start)
-            passing, alive = max(passing, most), max(alive, most + kept)
-        return passing + (0 if gives_back() or self.recipe.memory_of(name) is not None else int(HOLES * alive))
+            alive = max(alive, self._passing(work) + kept)
+        return min(MOST_HOLES, int(HOLES * alive))
 
     def _logits(self, name: str) -> int:
         if not has_head(self.recipe, tier_of(self.recipe, name)[0]):
@@ -321,6 +325,7 @@ class _Book:
         weights = sum({self._kind(name): one.weights for name, one in zip(names, held, strict=True)}.values())
         adapters, optimizer = sum(one.adapters for one in held), sum(one.optimizer for one in held)
         copies, top = self.recipe.train.processes - 1, held[-1]
+        works = {self._work(name, client) for name in names for client in self._clients(name)}
         lossy = any(codec(name).lossy for name in (self.recipe.wire.up, self.recipe.wire.down))
         feedback = sum(self._feedback(name) for name in names)
         return Parts(
@@ -329,7 +334,8 @@ class _Book:
             gradients=sum(one.gradients for one in held) + copies * top.gradients,
             optimizer=optimizer + copies * top.optimizer,
             activations=self._graphs_together(names),
-            scratch=max(self._scratch(name) for name in names) * (1 + copies),
+            scratch=max(self._passing(work) for work in works) * (1 + copies),
+            allocator=self._holes(works) * (1 + copies),
             logits=max(self._logits(name) for name in names) * (1 + copies),
             embeddings=max(self._embeddings(name) for name in names),
             messages=self._crossing() * (2 if lossy else 1) + feedback,

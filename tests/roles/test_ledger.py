@@ -155,14 +155,15 @@ def test_what_codecs_carry_on_is_bounded_by_the_rows_and_by_the_recipe() -> None
 
 def test_a_limit_of_the_tier_leaves_the_allocator_no_holes() -> None:
     free, limited = ledger(wanted()), ledger(wanted(split={"memory_mib": {"client": 800}}))
-    assert 0 < limited.of("client-0").scratch < free.of("client-0").scratch
+    assert limited.of("client-0") == replace(free.of("client-0"), allocator=0) != free.of("client-0")
     assert limited.of("edge-0") == free.of("edge-0")
 
 
 def test_parts_make_the_total_on_the_device_and_beside_it() -> None:
     parts = Parts(**{part: 2**number for number, part in enumerate(PARTS)})
-    assert parts.total == parts.on_device + parts.on_host == 2 ** len(PARTS) - 1
-    assert parts.on_host == parts.process + parts.messages + parts.journal
+    assert parts.total == 2 ** len(PARTS) - 1
+    beside = parts.process + parts.messages + parts.journal + parts.allocator
+    assert parts.on_device == parts.total - beside
 
 
 @pytest.mark.parametrize("count", counts(2, 8))
