@@ -13,7 +13,6 @@ the output folder with the same recipe is not run again, so the command can be s
 from __future__ import annotations
 
 import argparse
-import gc
 import gzip
 import json
 import logging
@@ -165,7 +164,6 @@ def outcome(recipe: Recipe, folder: Path) -> Outcome:
     if not is_done(recipe, folder):
         shutil.rmtree(folder, ignore_errors=True)
         train(recipe, folder)
-        gc.collect()  # roles know one another, so a run's tensors stay until then
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     traffic = summary["wire_bytes_up"], summary["wire_bytes_down"]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,6 +179,7 @@ def prepare(recipe: Recipe, *, data: bool = True, client: int | None = None, lim
         if shapes is not None and recipe.lora.start_from is not None:
             problems.attempt(lambda: _start_fits(recipe, config, shapes))
     problems.lines += _process_problems(recipe)
+    problems.lines += _privacy_problems(recipe) if client is None else []
     lost = config is None and recipe.model.tokenizer is None  # that the base cannot be read was said already
     tokenizer = None if lost or not data else problems.attempt(lambda: load_tokenizer(recipe))
     if tokenizer is not None and config is not None and layout is not None:
@@ -379,6 +381,17 @@ def _process_problems(recipe: Recipe) -> list[str]:
     names = list(recipe.split.tiers)
     name = names[-2] if len(names) > 1 else names[0]
     return [f"train.processes: {processes} cannot share {spread} {name}: use at most {spread}"]
+
+
+def _privacy_problems(recipe: Recipe) -> list[str]:
+    """Whoever adds noise tells what it costs, from the first round on."""
+    noise = recipe.rounds.privacy.noise
+    if not noise or find_spec("dp_accounting") is not None:
+        return []
+    return [
+        f"rounds.privacy.noise: {noise:g} needs the library dp-accounting, which is not installed; "
+        "pip install 'splitllm[privacy]', or leave noise out"
+    ]
 
 
 def _vocabulary_problems(tokenizer: Any, config: PreTrainedConfig, recipe: Recipe) -> list[str]:

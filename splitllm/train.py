@@ -17,6 +17,7 @@ from typing import Any
 from splitllm.checkpoint import TrainingState
 from splitllm.errors import RunInterrupted
 from splitllm.metrics import Metrics, Tracker
+from splitllm.model.machine import give_back
 from splitllm.preflight import prepare, refuse_without_room
 from splitllm.recipe import Recipe, goes_by_rounds, intervals, level_due, rounds_line, what_leaves_the_device
 from splitllm.roles.assembly import Assembly, Site, schedule_of
@@ -150,7 +151,7 @@ async def _step(run: Run) -> None:
     loss, labels, tokens, up, down = run.world.sum_numbers([*_sums(reports), now.up - then.up, now.down - then.down])
     run.totals.add(int(tokens), seconds, int(up), int(down))
     log_round(run.metrics, run.step, run.roles.reports)
-    run.roles.reports = []
+    run.roles.reports.clear()
     if run.step % run.recipe.train.log_every and run.step < run.recipe.train.steps:
         return
     recent = run.totals.since_logged()
@@ -188,6 +189,7 @@ def _announce(run: Run) -> None:
         run.metrics.say(f"rounds: {rounds_line(run.recipe)}")
     for line in announced(run.plan.ledger):
         run.metrics.say(line)
+    give_back()  # what working that out has left
     for share in run.plan.corpus.shares:
         groups = f" ({', '.join(share.groups)})" if share.groups else ""
         run.metrics.say(f"{share.client}: {share.examples} rows, {share.tokens} tokens{groups}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -373,3 +374,18 @@ def test_a_run_without_room_is_refused_before_anything_is_loaded(
     refused = CliRunner().invoke(app, ["train", str(folder / "recipe.yaml"), "--output-dir", str(out)])
     assert refused.exit_code == 2 and not out.exists()
     assert re.match(r"memory of this machine: 0 MiB are free, and all roles in one process would take", refused.stderr)
+
+
+def test_noise_whose_price_nobody_can_work_out_is_refused_before_the_first_round(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = ["rounds.replicas=local", "rounds.cloud_every=2", "rounds.weights=equal"]
+    recipe = load_recipe(folder / "recipe.yaml", [*local, "rounds.privacy={clip: 0.5, noise: 2.0}"])
+    assert prepare(recipe).recipe is recipe
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    assert complaints(folder, tmp_path, *local, "rounds.privacy={clip: 0.5, noise: 2.0}") == [
+        "rounds.privacy.noise: 2 needs the library dp-accounting, which is not installed; "
+        "pip install 'splitllm[privacy]', or leave noise out"
+    ]
+    assert prepare(recipe, client=0).recipe is recipe, "it is servers that tell the price"
+    prepare(load_recipe(folder / "recipe.yaml", [*local, "rounds.privacy={clip: 0.5}"]))

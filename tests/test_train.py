@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from itertools import product
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -326,3 +328,23 @@ def test_tensorboard_gets_every_event(folder: Path, tmp_path: Path) -> None:
     logged = {event["step"]: event["loss"] for event in events(tmp_path / "run") if event["event"] == "train"}
     assert written == pytest.approx(logged, rel=1e-6)
     assert [point.step for point in board.Scalars("eval/loss")] == [0, STEPS]
+
+
+ROUNDS = ["rounds.replicas=local", "rounds.cloud_every=2"]
+BATCHED = ["server.batching=synchronous", "model.dropout=0.0", "lora.adapters=common"]
+
+
+@pytest.mark.parametrize("options", [[], [*ROUNDS, *BATCHED], [*ROUNDS, "rounds.rule=fedex"]], ids=str)
+def test_nothing_of_a_run_stays_in_memory_when_it_is_over(
+    folder: Path, uninterrupted: Path, tmp_path: Path, options: list[str]
+) -> None:
+    """Nothing that refers to itself in a circle holds a tensor, so none waits for the garbage to be collected."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(each) for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)}
+        train(recipe(folder, *options), tmp_path / "run")
+        after = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+        assert not [list(each.shape) for each in after if id(each) not in before]
+    finally:
+        gc.enable()

@@ -48,10 +48,9 @@ class Board:
         self._over.add(client)
         self.done()
 
-    def finished(self, client: int) -> None:
-        """A client has come to its end."""
+    def has_ended(self, client: int) -> None:
+        """A client has come to its end, and its adapter is written."""
         self._finished.add(client)
-        self.done()
 
     def averaged(self, steps: int, reports: Reports) -> None:
         """This server has averaged what others brought."""
@@ -193,7 +192,8 @@ class LaneRecord:
         shared = goes_by_rounds(self.board.station.recipe)
         directory = self.board.station.options.directory
         export_of(self.board.station.plan, directory, adapter, 0 if shared else self.client)
-        self.board.finished(self.client)
+        self.board.has_ended(self.client)
+        self.board.done()
 
 
 def _common(records: Sequence[LaneRecord]) -> dict[str, Any]:

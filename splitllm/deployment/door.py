@@ -25,8 +25,10 @@ from splitllm.roles.gate import Gate
 from splitllm.roles.generation import Summit
 from splitllm.roles.hall import Hall
 from splitllm.roles.lanes import Lanes
+from splitllm.roles.rounds import Rounds
 from splitllm.roles.runner import Batching
 from splitllm.roles.server import Commit, Server
+from splitllm.roles.together import Tensors
 from splitllm.roles.worker import Worker
 from splitllm.wire.uplink import RemoteLink
 
@@ -59,13 +61,14 @@ def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, u
         return _gate(station, journals[EVERYBODY], worker, batching, uplink, record)
     board = Board(station, metrics) if uplink is None else None
     held = _held(station, journals, worker)
-    hall = hall_of(station, held, uplink, None if board is None else board.averaged)
+    hall = hall_of(station, journals, held, uplink, None if board is None else board.averaged)
     gates = {}
     for client, journal in journals.items():
         lane = board.records[client] if board is not None else None
         gates[client] = _gate(station, journal, worker.lane(client), batching, uplink, lane, client, held, hall)
         if lane is not None and journal.finished:
             lane.put_back(journal.newest_values()["beside"])
+            lane.board.has_ended(client)
 
     def over(client: int) -> None:
         journals[client].mark_over()
@@ -110,9 +113,9 @@ def _gate(
     recipe, name = station.recipe, station.name
     kept = (record.values, record.put_back) if record is not None else ()
     entries = entries_of(recipe, name)
-    lane = None if client == EVERYBODY else client
-    rounds = station.assembly().rounds(name, station.tier, worker, entries, lane)
-    own: dict[str, Any] = {} if rounds is None else {"exported": rounds.adapter, "scaled": rounds.scaled}
+    assembly, lane = station.assembly(), None if client == EVERYBODY else client
+    rounds = assembly.rounds(name, station.tier, worker, entries, lane)
+    own: dict[str, Any] = {} if rounds is None else {"exported": _exported(rounds, hall), "scaled": rounds.scaled}
     past = Past(station, journal, worker, *kept, held=held, speaks_for=batching.runner.worker, **own)
     children = children_of(recipe, name)
     if client != EVERYBODY:
@@ -122,10 +125,10 @@ def _gate(
         children,
         worker,
         uplink=uplink,
-        top=station.assembly().top(record.stepped, record.averaged) if record is not None else None,
-        summed=station.assembly().summed(worker),
+        top=assembly.top(record.stepped, record.averaged) if record is not None else None,
+        summed=assembly.summed(worker),
         entries=entries,
-        local=station.assembly().rounding.local(entries),
+        local=assembly.rounding.local(entries),
         rounds=rounds,
         lane=lane is not None,
         hall=hall if isinstance(hall, Hall) and station.tier == 1 else None,
@@ -144,6 +147,11 @@ def _gate(
         finished_at=recipe.train.steps if journal.finished else None,
         lane=max(client, 0),
     )
+
+
+def _exported(rounds: Rounds, hall: Hall | BufferedHall | None) -> Callable[[], Tensors]:
+    """A role's part of the adapter; of a lane of the top with what its hall has made of all that rounds average."""
+    return rounds.adapter if hall is None else lambda: rounds.adapter() | hall.rounds.decided()
 
 
 def _said(past: Past, client: int) -> Commit:

@@ -12,6 +12,7 @@ from splitllm.deployment.bounds import allowed
 from splitllm.deployment.held import Held
 from splitllm.deployment.journal import Journal
 from splitllm.deployment.station import Station
+from splitllm.errors import CheckpointError
 from splitllm.model.trainable import Tensors
 from splitllm.policy.participation import Rules
 from splitllm.recipe import Recipe, children_of, clients_below, goes_by_rounds, intervals
@@ -51,9 +52,17 @@ class KeptRounds:
 
 
 def hall_of(
-    station: Station, held: Held | None, uplink: RemoteLink | None, observe: Observe | None
+    station: Station,
+    journals: Mapping[int, Journal],
+    held: Held | None,
+    uplink: RemoteLink | None,
+    observe: Observe | None,
 ) -> Hall | BufferedHall | None:
-    """Where members of rounds come; None where there are none."""
+    """Where members of rounds come; None where there are none.
+
+    Raises:
+        CheckpointError: lanes have committed steps after rounds of which its journal knows nothing.
+    """
     recipe, name, level = station.recipe, station.name, station.tier
     if not goes_by_rounds(recipe):
         return None
@@ -75,7 +84,20 @@ def hall_of(
     book = Book(rounds, keep, station.device, stop, above, shared, differences=last)
     told = observe if level > 1 else None  # right above clients their lanes tell
     steps, seed = recipe.train.steps, recipe.seed
+    if level == 1:
+        _check(book, journals, every[0])
     return Hall(book, members, _rules(recipe, level), every=every[level - 1], steps=steps, seed=seed, observe=told)
+
+
+def _check(book: Book, journals: Mapping[int, Journal], every: int) -> None:
+    """Lanes go on from what rounds have made: none of them may be further than the rounds are."""
+    for client, journal in journals.items():
+        held = max(journal.steps(), default=0) // every
+        if held > book.number:
+            found = f"{book.number} rounds, and client {client} has gone on from {held}"
+            raise CheckpointError(
+                f"{journal.folder.parent}: its folder `rounds` holds {found}; give a new --output-dir"
+            )
 
 
 def merges_of(station: Station, hall: Hall | BufferedHall | None) -> MergeDoor | None:

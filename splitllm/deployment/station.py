@@ -17,6 +17,7 @@ from splitllm.deployment.reach import WayUp
 from splitllm.deployment.secure import check_secure
 from splitllm.errors import RecipeError
 from splitllm.model.loading import Checkpoint
+from splitllm.model.machine import give_back
 from splitllm.model.shard import BUILDING
 from splitllm.preflight import Plan, prepare, refuse_without_room
 from splitllm.recipe import Recipe, fingerprint, goes_by_lanes, parent_of, tier_of
@@ -208,4 +209,5 @@ def open_station(recipe: Recipe, options: Options, *, client: int | None) -> Sta
     base = open_base(recipe, options.directory, world)
     station = Station(plan, options, world, base, credentials, DeviceThread(threads))
     station.footprint.announce()
+    give_back()  # what working that out has left
     return station

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_low
 
 import torch
 
 from splitllm.errors import AverageError
+from splitllm.federated.handed import Handed
 from splitllm.federated.outer import Outer, outer_step
 from splitllm.federated.rounds import ADAPTER, Arithmetic, Combined, Tensors, Update
 
-GIVEN = "given/"
+GIVEN, HANDED = "given/", "handed/"
 NOT_FINITE, SQUARES = "not finite", "exp_avg_sq/"
 LARGEST_VALUE = 1e15
 """Of an update: products of what is larger leave fp32, and no adapter that has not diverged comes near."""
@@ -25,7 +26,8 @@ class Limits:
 
     Attributes:
         clip: the largest norm of a change; longer ones are shortened to it. None: any.
-        reject_beyond: a change of so many times the median norm is left out. None: only what is not finite is.
+        reject_beyond: a change of so many times the median norm is left out; of an even number of changes the lower of
+            the two in the middle counts, so that of two one can be left out. None: only what is not finite is.
     """
 
     clip: float | None = None
@@ -41,12 +43,18 @@ class Averager:
         outer: at the top, how it steps; None: it takes the average.
         start: what all holders below start from, `adapter/NAME`; needed where changes are looked at, and kept where it
             is there.
+        handed: at the top, what comes out of the run; None further down.
     """
 
     def __init__(
-        self, arithmetic: Arithmetic, limits: Limits, outer: Outer | None, start: Mapping[str, torch.Tensor]
+        self,
+        arithmetic: Arithmetic,
+        limits: Limits,
+        outer: Outer | None,
+        start: Mapping[str, torch.Tensor],
+        handed: Handed | None = None,
     ) -> None:
-        self.arithmetic, self.limits, self.outer = arithmetic, limits, outer
+        self.arithmetic, self.limits, self.outer, self.handed = arithmetic, limits, outer, handed
         self._given = {name: tensor.clone() for name, tensor in start.items()}
         self._moments: Tensors = {}
 
@@ -65,7 +73,8 @@ class Averager:
         if not left:
             why = "; ".join(f"{sender}: {reason}" for sender, reason in rejected.items())
             raise AverageError(f"nothing is left to average ({why}); lower the learning rate, or reject less")
-        return self.arithmetic.combine([self._clipped(update) for update in left]), rejected
+        norms = self._norms(left) if self.limits.clip is not None else {}
+        return self.arithmetic.combine([self._clipped(update, norms) for update in left]), rejected
 
     def settle(self, value: Tensors) -> Tensors:
         """At the level whose round it is: what is handed out for an average."""
@@ -78,6 +87,8 @@ class Averager:
         """This is what all holders below go on from."""
         for name in self._given.keys() & value.keys():
             self._given[name] = value[name].detach().clone()
+        if self.handed is not None:
+            self.handed.take(value)
 
     def given(self) -> Tensors:
         """What was handed out last."""
@@ -85,23 +96,31 @@ class Averager:
 
     def state(self) -> Tensors:
         """All that a resumed run needs."""
-        return {GIVEN + name: tensor for name, tensor in self._given.items()} | self._moments
+        handed = {} if self.handed is None else self.handed.state()
+        return _behind(GIVEN, self._given) | _behind(HANDED, handed) | self._moments
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Be as a `state()` tells."""
         self._given = {n.removeprefix(GIVEN): t.clone() for n, t in tensors.items() if n.startswith(GIVEN)}
-        self._moments = {name: t.clone() for name, t in tensors.items() if not name.startswith(GIVEN)}
+        self._moments = {n: t.clone() for n, t in tensors.items() if not n.startswith((GIVEN, HANDED))}
+        if self.handed is not None:
+            self.handed.load({n.removeprefix(HANDED): t for n, t in tensors.items() if n.startswith(HANDED)})
 
     def _too_large(self, updates: Sequence[Update]) -> dict[str, str]:
         factor = self.limits.reject_beyond
         if factor is None:
             return {}
+        norms = self._norms(updates)
+        usual = median_low(norms.values()) if norms else 0.0
+        words = "a change of norm {:.3g}, where {:.3g} is the median"
+        return {s: words.format(norm, usual) for s, norm in norms.items() if norm > factor * usual}
+
+    def _norms(self, updates: Sequence[Update]) -> dict[str, float]:
+        """Of each holder's change, which may come in parts of different weight."""
         norms: dict[str, float] = {}
         for update in updates:
             norms[update.sender] = math.hypot(norms.get(update.sender, 0.0), self._change(update))
-        usual = median(norms.values()) if norms else 0.0
-        words = "a change of norm {:.3g}, where {:.3g} is the median"
-        return {s: words.format(norm, usual) for s, norm in norms.items() if norm > factor * usual}
+        return norms
 
     def _change(self, update: Update) -> float:
         changes = [self._from(name, t) for name, t in update.tensors.items() if name in self._given]
@@ -110,12 +129,10 @@ class Averager:
     def _from(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double() - self._given[name].to(tensor.device).double()
 
-    def _clipped(self, update: Update) -> Update:
-        """Drawn back to what was handed out last, along its change."""
-        if self.limits.clip is None:
-            return update
-        norm = self._change(update)
-        if norm <= self.limits.clip:
+    def _clipped(self, update: Update, norms: Mapping[str, float]) -> Update:
+        """Drawn back to what was handed out last, along the change of all that its holder brings."""
+        norm = norms.get(update.sender, 0.0)
+        if self.limits.clip is None or norm <= self.limits.clip:
             return update
         tensors = dict(update.tensors)
         for name in tensors.keys() & self._given.keys():
@@ -135,6 +152,10 @@ def _unusable(update: Update) -> str | None:
         return f"a value of {largest:.3g}"
     squares = (tensor for name, tensor in update.tensors.items() if name.startswith(SQUARES))
     return "a square below 0" if any(bool((tensor < 0).any()) for tensor in squares) else None
+
+
+def _behind(place: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    return {place + name: tensor for name, tensor in tensors.items()}
 
 
 def is_finite(tensors: Mapping[str, torch.Tensor]) -> bool:

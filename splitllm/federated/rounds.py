@@ -208,6 +208,12 @@ def compact(part: LowRank) -> LowRank:
     return LowRank(best.a_RD[:kept], best.b_OR[:, :kept])
 
 
+def grown(before: LowRank | None, now: LowRank) -> LowRank:
+    """What is frozen, with what a round adds to it."""
+    whole = now if before is None else stacked([before, now], [1.0, 1.0])
+    return compact(whole) if whole.rank > min(whole.a_RD.shape[1], whole.b_OR.shape[0]) else whole
+
+
 def modules_in(names: Mapping[str, torch.Tensor]) -> list[str]:
     """Those with both A and B among the names of an adapter file."""
     return [name.removesuffix(A) for name in names if name.endswith(A) and name.removesuffix(A) + B in names]

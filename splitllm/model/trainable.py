@@ -70,7 +70,8 @@ class Trainable:
         self.parameters = dict(parameters)
         self.base_rate = optimizer.lr
         self._prox, self._anchored, self._anchor = prox, anchored or prox > 0, dict[str, torch.Tensor]()
-        self._anchor_here()
+        for name in self.parameters:
+            self._anchor_here(name)
         self._sum: OrderedSum | None = None
         self._optimizer = _OPTIMIZERS[optimizer.name](list(self.parameters.values()), optimizer) if parameters else None
 
@@ -154,12 +155,11 @@ class Trainable:
 
         What a step under way has summed up is forgotten.
         """
-        self._sum = None
+        self._sum, by_name = None, _by_name(tensors)
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"{ADAPTER_SLOT}/{name}"])
             parameter.grad = None
-            keys = [key for key in tensors if key.partition("/")[2] == name]
-            slots = {key.partition("/")[0]: tensors[key].clone() for key in keys}
+            slots = {slot: tensor.clone() for slot, tensor in by_name[name].items()}
             if self._anchored:
                 self._anchor[name] = slots[ANCHOR_SLOT].to(parameter.device)
             self._set_moments(name, {k: v for k, v in slots.items() if k not in (ADAPTER_SLOT, ANCHOR_SLOT)})
@@ -171,14 +171,15 @@ class Trainable:
             tensors: `adapter/NAME` and perhaps the optimiser's `KEY/NAME`, of some parameters or all.
             reset: forget the optimiser's moments.
         """
+        by_name = _by_name(tensors)
         for name, parameter in self.parameters.items():
-            if (value := tensors.get(f"{ADAPTER_SLOT}/{name}")) is not None:
+            moments = dict(by_name.get(name, {}))
+            if (value := moments.pop(ADAPTER_SLOT, None)) is not None:
                 parameter.data.copy_(value)
-            keys = [key for key in tensors if key.partition("/")[2] == name]
-            moments = {key.partition("/")[0]: tensors[key] for key in keys if not key.startswith(ADAPTER_SLOT)}
             if reset or moments:
                 self._set_moments(name, {k: v.clone() for k, v in moments.items()})
-        self._anchor_here()
+            if value is not None or parameter.requires_grad:  # else it was not its turn to be averaged
+                self._anchor_here(name)
 
     def _set_moments(self, name: str, slots: Mapping[str, torch.Tensor]) -> None:
         if self._optimizer is None:
@@ -194,9 +195,18 @@ class Trainable:
         """Where the parameters were after the last round, of one that remembers it."""
         return dict(self._anchor)
 
-    def _anchor_here(self) -> None:
+    def _anchor_here(self, name: str) -> None:
         if self._anchored:
-            self._anchor = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            self._anchor[name] = self.parameters[name].detach().clone()
+
+
+def _by_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensors]:
+    """What is called `SLOT/NAME`: name -> slot -> tensor."""
+    found: dict[str, Tensors] = {}
+    for key, tensor in tensors.items():
+        slot, _, name = key.partition("/")
+        found.setdefault(name, {})[slot] = tensor
+    return found
 
 
 def squared_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:

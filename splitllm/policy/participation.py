@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 from splitllm.policy import oort
 from splitllm.policy.history import History
 from splitllm.policy.sampling import Draw, drawn, poisson
+from splitllm.recipe.rounds import goal, rounded_up
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,7 @@ def select(rules: Rules, present: Sequence[str], draw: Draw, history: History | 
 
 def wanted(rules: Rules, there: int) -> int:
     """Clients whose updates a round wants, if so many are there, at least the minimum."""
-    goal = _share(rules.share, there) if rules.count is None else rules.count
-    return min(max(goal, rules.minimum), there)
-
-
-def _share(share: float, of: int) -> int:
-    """Rounded up, by the decimal number that was written: 0.07 of 100 are 7, not the 8 of binary fractions."""
-    return math.ceil(Fraction(str(share)) * of)
+    return goal(rules.share, rules.count, rules.minimum, there)
 
 
 def _all(rules: Rules, there: Sequence[str], draw: Draw, history: History) -> Asked:
@@ -104,8 +98,8 @@ def _all(rules: Rules, there: Sequence[str], draw: Draw, history: History) -> As
 
 
 def _random(rules: Rules, there: Sequence[str], draw: Draw, history: History) -> Asked:
-    goal = wanted(rules, len(there))
-    return Asked(drawn(draw, there, _share(rules.over, goal)), goal)
+    found = wanted(rules, len(there))
+    return Asked(drawn(draw, there, rounded_up(rules.over, found)), found)
 
 
 def _poisson(rules: Rules, there: Sequence[str], draw: Draw, history: History) -> Asked:
@@ -115,8 +109,8 @@ def _poisson(rules: Rules, there: Sequence[str], draw: Draw, history: History) -
 
 
 def _oort(rules: Rules, there: Sequence[str], draw: Draw, history: History) -> Asked:
-    goal = wanted(rules, len(there))
-    return Asked(oort.select(history, there, _share(rules.over, goal), draw, rules.oort), goal)
+    found = wanted(rules, len(there))
+    return Asked(oort.select(history, there, rounded_up(rules.over, found), draw, rules.oort), found)
 
 
 POLICIES: dict[str, Callable[[Rules, Sequence[str], Draw, History], Asked]] = {

@@ -256,7 +256,7 @@ def _buffer_misfits(recipe: Recipe) -> Iterator[Misfit]:
     rounds, between_top = recipe.rounds, list(recipe.split.tiers.values())[1:-1]
     if rounds.buffer.size is None:
         for key in ("discount", "oldest"):
-            if key in rounds.buffer.model_fields_set:
+            if getattr(rounds.buffer, key) != type(rounds.buffer).model_fields[key].default:
                 yield (f"rounds.buffer.{key}",), f"rounds.buffer.{key}: needs rounds.buffer.size; give that, too"
         return
     below = between_top[-1] if between_top else 0

@@ -100,10 +100,17 @@ def hides(recipe: Recipe) -> bool:
 def asked_at_once(recipe: Recipe, clients: int) -> int:
     """Of so many clients of a server, how many train until its next round, at most."""
     some = recipe.rounds.participation
-    if some.policy in ("all", "poisson"):
-        return clients
-    goal = math.ceil(Fraction(str(some.share)) * clients) if some.count is None else some.count
-    return min(max(goal, some.minimum), clients)
+    return clients if some.policy in ("all", "poisson") else goal(some.share, some.count, some.minimum, clients)
+
+
+def goal(share: float, count: int | None, minimum: int, clients: int) -> int:
+    """Of so many clients, whose updates a round wants: a count or a share of them, and at least the minimum."""
+    return min(max(rounded_up(share, clients) if count is None else count, minimum), clients)
+
+
+def rounded_up(share: float, of: int) -> int:
+    """A share by the decimal number that was written: 0.07 of 100 are 7, not the 8 of binary fractions."""
+    return math.ceil(Fraction(str(share)) * of)
 
 
 def clients_of_a_server(recipe: Recipe) -> tuple[int, int]:

@@ -100,7 +100,10 @@ class Roles:
 
         Where roles train by themselves, as `Rounds.adapter` names it.
         """
-        return largest([rounds.adapter() for rounds in self.rounds]) if self.local else adapter_in(self.state())
+        if not self.local:
+            return adapter_in(self.state())
+        decided = {name: tensor for rounds in self.rounds for name, tensor in rounds.decided().items()}
+        return largest([rounds.adapter() for rounds in self.rounds]) | decided
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put a state on every role."""
@@ -175,7 +178,10 @@ class Assembly:
         if tiers == 1:
             here = _share(self.counts[0], self.site)
             top = self._server(
-                "coordinator", [self._role(0, index) for index in here], None, self.top(observe_round=self._heard)
+                "coordinator",
+                [self._role(0, index) for index in here],
+                None,
+                self.top(observe_round=_kept_in(self.roles.reports)),
             )
             self._clients(here, dict.fromkeys(here, top))
             return self.roles
@@ -184,16 +190,13 @@ class Assembly:
             self._role(tiers - 1, 0),
             [self._role(tiers - 2, index) for index in below],
             self.worker(tiers - 1, 0),
-            self.top(observe_round=self._heard),
+            self.top(observe_round=_kept_in(self.roles.reports)),
         )
         parents = dict.fromkeys(below, top)
         for tier in range(tiers - 2, 0, -1):
             parents = self._tier(tier, parents)
         self._clients(sorted(parents), parents)
         return self.roles
-
-    def _heard(self, _steps: int, reports: Reports) -> None:
-        self.roles.reports += reports
 
     def _tier(self, tier: int, parents: Mapping[int, Server]) -> dict[int, Server]:
         """The servers of one tier; returns the parent of every role of the tier below."""
@@ -326,6 +329,15 @@ class Assembly:
 
     def _parent(self, tier: int, index: int) -> int:
         return index * self.counts[tier + 1] // self.counts[tier]
+
+
+def _kept_in(heard: Reports) -> Callable[[int, Reports], None]:
+    """What the top does with reports; it knows the list alone, and not the roles, which know the top."""
+
+    def hear(_steps: int, reports: Reports) -> None:
+        heard.extend(reports)
+
+    return hear
 
 
 def _share(count: int, site: Site) -> list[int]:

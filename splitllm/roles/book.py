@@ -130,6 +130,7 @@ class Book:
         rounds: as given.
         number: of the last round that was held, or given up.
         history: what is known of the members, for those who choose among them.
+        reports: of the last round, for the user.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Book:
         self.rounds, self._keep, self._device, self._stop = rounds, keep, device, stop
         self._above, self._shared, self._differences = above, shared, differences
         self.number, self.history, self._handed = 0, History(), False
+        self.reports: Reports = []
         self._since: dict[int, float] = {}
         self._sent: tuple[int, Tensors] | None = None
         self._base, self._version = self._own(1), 0
@@ -167,7 +169,7 @@ class Book:
         due = rounds.due(steps)
         made = await self._device.run(lambda: self._averaged(arrivals, due))
         value = None if made.void or made.combined is None else dict(made.combined.value)
-        if value is not None:
+        if value is not None and self._above is not None:
             self._count([arrival for arrival in arrivals if arrival.name not in made.rejected])
         if due > rounds.level:
             value = await self._from_above(steps, value)
@@ -187,9 +189,9 @@ class Book:
             assert self.rounds.averager is not None
             self.rounds.averager.handed_out(value)
             self._handed = True
-        self.number += 1
+        self.number, self.reports = self.number + 1, [report]
         await self._write()
-        return Verdict(value, [report], self._version)
+        return Verdict(value, self.reports, self._version)
 
     def _averaged(self, arrivals: Sequence[Arrival], due: int) -> Outcome:
         children = [(one.name, list(one.weights), one.value) for one in arrivals if not one.spoiled]
@@ -254,6 +256,7 @@ class Book:
             "since": {str(client): count for client, count in self._since.items()},
             "sent": None if self._sent is None else self._sent[0],
             "history": to_json(self.history),
+            "reports": self.reports,
         }
         held = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         await asyncio.to_thread(self._keep.write, held, values)
@@ -267,7 +270,7 @@ class Book:
         self._base = base or self._base
         self.number, self._version, self._handed = values["number"], values["version"], values["handed"]
         self._since = {int(client): float(count) for client, count in values["since"].items()}
-        self.history = from_json(values["history"])
+        self.history, self.reports = from_json(values["history"]), list(values["reports"])
 
 
 def _bare(tensors: Mapping[str, torch.Tensor]) -> Tensors:

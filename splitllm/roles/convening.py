@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,9 @@ class Convener:
     """
 
     def __init__(self, server: Server, rounds: Rounds, children: Sequence[str]) -> None:
-        self._server, self._rounds = server, rounds
-        self._meeting, self._masking = Meeting(children, self._hold), MaskedRounds(rounds, server.message)
+        self._server: Server = weakref.proxy(server)  # which holds this
+        self._rounds, self._meeting = rounds, Meeting(children, self._hold)
+        self._masking = MaskedRounds(rounds, server.name, server.generation)
 
     def asked(self, step: int) -> frozenset[int] | None:
         """A step begins: who takes part in it, where that is decided here."""
@@ -65,7 +67,10 @@ class Convener:
         Raises:
             PeerError: it breaks the protocol.
         """
-        return await (self._masking.phase(message) if message.kind == "secure" else self._meeting.join(message))
+        if message.kind == "secure":
+            return await self._masking.phase(message)
+        self._masking.look(message)
+        return await self._meeting.join(message)
 
     async def _hold(self, messages: list[Message]) -> Callable[[Message], Message]:
         server, rounds, steps = self._server, self._rounds, messages[0].step
@@ -100,10 +105,10 @@ class Convener:
             return rounds.average(children, weights, rounds.due(steps), spoiled)
         there = [m for m in messages if any(weights[client][0] > 0 for client in rounds.clients_in(m))]
         try:
-            words = self._masking.total(there) if rounds.hiding.threshold else rounds.sum_of(there)
+            words, rejected = (self._masking.total(), {}) if rounds.hiding.threshold else rounds.sum_of(there)
         except VoidRoundError as error:
             return Outcome(None, {}, 0, str(error))
-        return rounds.average_hidden(words, weights, rounds.due(steps), steps)
+        return rounds.average_hidden(words, rejected, weights, rounds.due(steps), steps)
 
     async def _outcome(
         self, messages: list[Message], made: Outcome, weights: Weights, reports: Reports

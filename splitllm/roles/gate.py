@@ -316,12 +316,16 @@ class Gate:
         return lambda message: self.server.message("evaluated", message.micro_batch)
 
     async def _finish(self, messages: list[Message]) -> Callable[[Message], Message]:
-        """The adapters of all below go up, of replicas one, and of every role its closing words."""
+        """The adapters of all below go up, of replicas one, and of every role its closing words.
+
+        What the top has of it counts, whatever those below say: with rounds that is all that they have averaged.
+        """
         words = dict[str, Any]()
         for message in messages:
             words.update(message.header["roles"])
         mine = await self.server.device.run(self.past.final_adapter)
-        adapter = largest([*(message.tensors for message in messages), mine])
+        below = [message.tensors for message in messages]
+        adapter = largest([*below, mine]) if self.summit is None else {**largest(below), **mine}
         words[self.server.name] = self.past.closing_words()
         if self.summit is not None:
             summit = self.summit

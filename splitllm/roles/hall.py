@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from splitllm.errors import PeerError
 from splitllm.policy import rounds as policy
 from splitllm.policy.history import Report, recorded, utility
 from splitllm.policy.participation import Asked, Rules, select
@@ -77,11 +78,13 @@ class Hall:
 
         Raises:
             DivergedError: nothing that anybody brought is finite.
-            PeerError: the server above gave no answer of use.
+            PeerError: its round is not due yet, or the server above gave no answer of use.
         """
         number = -(-arrival.steps // self._every)
         if number <= self.book.number:
-            return self._late(arrival)
+            return self._late(arrival, number)
+        if number > self.book.number + 1:
+            raise PeerError(f"{arrival.name} brought round {number}, where {self.book.number + 1} is due")
         if self._outcome is None:
             self._outcome = asyncio.get_running_loop().create_future()
         outcome = self._outcome
@@ -92,8 +95,9 @@ class Hall:
         return await asyncio.shield(outcome)
 
     def away(self, name: str) -> None:
-        """The connection of a member is gone: until it is back it is not asked for a new round."""
-        self._away.add(name)
+        """The connection of a member is gone: until it is back it is not asked for a new round, if it is a client."""
+        if self.rounds.level == 1:
+            self._away.add(name)
 
     def back(self, name: str) -> None:
         """A member is connected."""
@@ -137,9 +141,10 @@ class Hall:
     # Who has come, and what is done then.
 
     def _arrives(self, arrival: Arrival) -> None:
-        if not arrival.weight and not arrival.spoiled and self.book.rounds.level == 1:
-            return  # it was not asked, and has not trained: it waits for the outcome
         now = self._under_way()
+        if arrival.spoiled or (not arrival.weight and self.book.rounds.level == 1):
+            self._round = policy.leave(now, [arrival.name])  # it has nothing to bring, and waits for the outcome
+            return
         self._round, told = policy.arrive(now, arrival.name, now.key, self._clock())
         if told.line:
             logger.info("%s", told.line)
@@ -150,6 +155,9 @@ class Hall:
             self._timer.cancel()
             self._timer = None
         if self._closing is not None or not self._here:
+            return
+        if all(name in self._here and self._here[name].spoiled for name in self._there()):
+            self._closing = asyncio.create_task(self._close(Closed((), ())))
             return
         found = policy.decide(self._under_way(), self._clock())
         if isinstance(found, Waiting):
@@ -184,7 +192,8 @@ class Hall:
         try:
             if isinstance(found, Closed):
                 self._remember(this, found)
-                verdict = await self.book.close([self._here[name] for name in found.members], steps)
+                spoiled = [one for one in self._here.values() if one.spoiled]
+                verdict = await self.book.close([self._here[name] for name in found.members] + spoiled, steps)
             else:
                 verdict = await self.book.give_up(steps, found)
         except BaseException as error:
@@ -211,8 +220,9 @@ class Hall:
         missing = [name for name in this.asked if name not in reports]
         self.book.history = recorded(self.book.history, this.key[0], reports, missing, self._clock() - this.began)
 
-    def _late(self, arrival: Arrival) -> Verdict:
+    def _late(self, arrival: Arrival, number: int) -> Verdict:
         logger.info(
             "late for a round", extra={"fields": {"client": arrival.name, "step": arrival.steps, "counted": False}}
         )
-        return Verdict(self.book.given(arrival.steps))
+        reports = self.book.reports if number == self.book.number else []  # whoever was to tell may have been lost
+        return Verdict(self.book.given(arrival.steps), reports)

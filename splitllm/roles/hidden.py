@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from splitllm.errors import PeerError
+from splitllm.federated.averager import is_finite
 from splitllm.model.trainable import Tensors
 from splitllm.privacy.dp import add_noise, clip_update, epsilon
 from splitllm.privacy.fixedpoint import FixedPoint, Words
@@ -37,9 +38,9 @@ from splitllm.privacy.vectors import flatten, unflatten
 from splitllm.wire.message import Kind, Message
 
 logger = logging.getLogger(__name__)
-WORDS = "words"
-PHASES = ("keys", "shares", "masked")
-Shapes = Mapping[str, tuple[int, ...]]
+WORDS, _SLACK = "words", 1e-9
+_KINDS: dict[str, type[Any]] = {"keys": Keys, "shares": Shares, "masked": Masked}
+PHASES = tuple(_KINDS)
 Ask = Callable[[Kind, Mapping[str, Any], Mapping[str, torch.Tensor]], Awaitable[Message]]
 """Sends a message of a kind, with header and tensors."""
 
@@ -51,7 +52,6 @@ class Hiding:
     Attributes:
         run: a digest of the recipe.
         server: name of the one right above.
-        clients: below it.
         fixed: how values are words.
         threshold: how many members have to be left; None: nothing is masked.
         clip: the largest norm of a client's change; None: adapters themselves are summed, not changes.
@@ -62,7 +62,6 @@ class Hiding:
 
     run: str
     server: str
-    clients: int
     fixed: FixedPoint
     threshold: int | None
     clip: float | None
@@ -84,7 +83,7 @@ class Hiding:
             name: of the client.
         """
         before = {key: anchor[key] for key in value}
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in value.values()):
+        if not is_finite(value):
             logger.warning("not finite: adds no change to this round", extra={"fields": {"client": name}})
             value = before
         if self.clip is None:
@@ -108,6 +107,14 @@ class Hiding:
         if self.clip is not None:
             mean = {key: given[key].double().cpu() + change for key, change in mean.items()}
         return {key: tensor.to(given[key].device, given[key].dtype) for key, tensor in mean.items()}
+
+    def fault(self, words: Words) -> str | None:
+        """Why what one client adds, seen as it is, is no change that was clipped; None: it may be one."""
+        assert self.clip is not None
+        norm = float(np.linalg.norm(self.fixed.decode(self.fixed.integers(words))))
+        if norm <= (self.clip + self.fixed.rounding_norm(words.size)) * (1 + _SLACK):
+            return None
+        return f"a change of norm {norm:.3g}, where rounds.privacy.clip is {self.clip:g}"
 
     def spent(self, rounds: int) -> float | None:
         """The epsilon of so many rounds; None without noise, which promises nothing.
@@ -158,41 +165,42 @@ class Masking:
     def __init__(self, terms: Terms, invited: Sequence[str]) -> None:
         self._group, self._dtype = Group(terms, invited), terms.fixed.dtype
 
-    def phase(self, messages: Sequence[Message]) -> dict[str, dict[str, Any]]:
-        """One phase, of all who take part; what each is told, as it travels.
+    def take(self, message: Message) -> None:
+        """What one member sends in a phase, or in the end of its masks.
 
         Raises:
-            PeerError: one of them breaks the protocol.
-            VoidRoundError: too few are left.
+            PeerError: it breaks the protocol. Nothing is changed.
         """
-        phase, names = str(messages[0].header["phase"]), [message.sender for message in messages]
-        for message in messages:
-            if message.header["phase"] != phase:
-                raise PeerError(f"{message.sender} sent {message.header['phase']}, where {phase} is due")
-            self._take({"keys": Keys, "shares": Shares, "masked": Masked}[phase], message)
-        if phase == "keys":
-            return dict.fromkeys(names, to_header(self._group.roster()))
-        if phase == "shares":
-            return {name: to_header(delivery) for name, delivery in self._group.deliveries().items()}
-        return dict.fromkeys(names, to_header(self._group.survivors()))
-
-    def total(self, messages: Sequence[Message]) -> Words:
-        """The sum, from what is said of the masks.
-
-        Raises:
-            PeerError: one of them breaks the protocol.
-            VoidRoundError: too few are left.
-        """
-        for message in messages:
-            self._take(Unmasking, message)
-        return self._group.total()
-
-    def _take(self, kind: type[Any], message: Message) -> None:
+        kind: type[Any] | None = Unmasking if message.kind == "round" else _KINDS.get(message.header.get("phase", ""))
+        if kind is None or (kind is Masked) != (WORDS in message.tensors):
+            raise PeerError(f"{message.sender} sent {message.kind} with words in another phase than theirs, or of none")
         words = words_in(message, self._dtype) if kind is Masked else None
-        said = from_header(kind, _said(message), words)
+        try:
+            said = from_header(kind, _said(message), words)
+        except PeerError as error:
+            raise PeerError(f"{message.sender} sent {message.kind}: {error}") from error
         if said.member != message.sender:
             raise PeerError(f"{message.sender} sent {kind.__name__} of {str(said.member)[:80]}")
         self._group.take(said)
+
+    def told(self, phase: str) -> dict[str, dict[str, Any]]:
+        """A phase is over, since all who take part have sent theirs: what each is told, as it travels.
+
+        Raises:
+            VoidRoundError: too few are left.
+        """
+        if phase == "shares":
+            return {name: to_header(delivery) for name, delivery in self._group.deliveries().items()}
+        said = to_header(self._group.roster() if phase == "keys" else self._group.survivors())
+        return dict.fromkeys(self._group.members, said)
+
+    def total(self) -> Words:
+        """The sum, when all have said what is due of the masks.
+
+        Raises:
+            VoidRoundError: too few are left.
+        """
+        return self._group.total()
 
 
 def words_in(message: Message, dtype: np.dtype[np.unsignedinteger]) -> Words:
@@ -200,18 +208,17 @@ def words_in(message: Message, dtype: np.dtype[np.unsignedinteger]) -> Words:
     return message.tensors[WORDS].cpu().numpy().view(dtype)
 
 
-def summed(messages: Sequence[Message], dtype: np.dtype[np.unsignedinteger], size: int) -> Words:
-    """The sum of words that are not masked.
-
-    Raises:
-        PeerError: somebody sent another number of them.
-    """
+def summed(messages: Sequence[Message], hiding: Hiding, size: int) -> tuple[Words, dict[str, str]]:
+    """The sum of words that are not masked, and who was left out of it -> why."""
+    total, rejected = np.zeros(size, hiding.fixed.dtype), dict[str, str]()
     for message in messages:
-        found = message.tensors[WORDS].numel() if WORDS in message.tensors else 0
-        if found != size:
-            raise PeerError(f"{message.sender} sent {message.kind} with {found} words, where {size} are due")
-    total: Words = np.sum([words_in(message, dtype) for message in messages], axis=0, dtype=dtype)
-    return total
+        words = words_in(message, hiding.fixed.dtype)
+        fault = hiding.fault(words)
+        if fault is None:
+            total += words
+        else:
+            rejected[message.sender] = fault
+    return total, rejected
 
 
 def _tensor(words: Words) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from splitllm.federated.factors import LowRank, stacked
-from splitllm.federated.rounds import ADAPTER, FROZEN, A, Arithmetic, B, Tensors, compact
+from splitllm.federated.rounds import ADAPTER, FROZEN, A, Arithmetic, B, Tensors, grown
 from splitllm.model.frozen import Frozen
 from splitllm.model.lora import initial_a
 from splitllm.model.trainable import Trainable
@@ -99,9 +99,7 @@ class Holder:
     def _freeze(self, module: str, now: LowRank, due: int) -> None:
         assert self.frozen is not None
         before = self.frozen.of(module, due)
-        whole = now if before is None else stacked([LowRank(*before), now], [1.0, 1.0])
-        if whole.rank > min(whole.a_RD.shape[1], whole.b_OR.shape[0]):
-            whole = compact(whole)
+        whole = grown(None if before is None else LowRank(*before), now)
         self.frozen.put(module, due, (whole.a_RD, whole.b_OR))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from splitllm.federated.averager import is_finite
 from splitllm.recipe import intervals
 from splitllm.roles.book import Arrival, Verdict
 from splitllm.roles.hall import Hall
@@ -98,7 +99,8 @@ class InLane:
         for tensors in self._rounds.values(self._rounds.due(message.step)):
             value |= {name: tensor.clone() for name, tensor in tensors.items()}
         weights = {client: each[0] for client, each in self._counts.weights(rows).items()}
-        spoiled, lesson = bool(message.header.get("spoiled")), replace(self._counts.lesson(client))
+        spoiled = bool(message.header.get("spoiled")) or not is_finite(value)
+        lesson = replace(self._counts.lesson(client))
         return Arrival(self._counts.names[client], message.step, value, weights, spoiled, examples, lesson)
 
     def _go_on(self, steps: int, verdict: Verdict) -> Callable[[], None] | None:

@@ -40,19 +40,23 @@ class Local:
     clip_norm: float | None
 
     def step_of(self, worker: Worker, shares: Mapping[int, float]) -> LocalStep:
-        """From the gradients that the worker has summed up.
+        """From the gradients that the worker has summed up; a block that serves nobody in this step does not step.
 
         Args:
             worker: of the role.
-            shares: client -> its part of the step's loss over all clients.
+            shares: client that takes part in the step -> its part of the step's loss over all clients.
         """
         gradients = worker.trainable.gradients()
-        scaled = {name: gradient * self._scale(name, shares) for name, gradient in gradients.items()}
+        scaled = {n: g * self._scale(n, shares) for n, g in gradients.items() if self._served(n, shares)}
         norm = math.sqrt(math.fsum(squared_norms(scaled).values()))
         return LocalStep(scaled, norm, clip_factor(norm, self.clip_norm) if math.isfinite(norm) else None)
 
     def _scale(self, name: str, shares: Mapping[int, float]) -> float:
         """What makes the mean over the clients that a block serves of their weighted sum over all clients."""
-        block = self.block(name)
-        served = math.fsum(share for client, share in shares.items() if self.entries.get(client, 0) <= block)
+        served = math.fsum(self._served(name, shares))
         return 1.0 / served if served else 1.0
+
+    def _served(self, name: str, shares: Mapping[int, float]) -> list[float]:
+        """The shares of the clients that a tensor's block serves."""
+        block = self.block(name)
+        return [share for client, share in shares.items() if self.entries.get(client, 0) <= block]

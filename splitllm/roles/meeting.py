@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 
 from splitllm.errors import PeerError
@@ -16,11 +18,14 @@ class Meeting:
 
     Args:
         children: names, in the order in which their messages are put before `settle`.
-        settle: takes all messages, returns what makes each child's reply.
+        settle: takes all messages, returns what makes each child's reply. Of a method the object is not kept alive: it
+            is the one that holds the meeting, and a run's tensors would stay until the garbage is collected.
     """
 
     def __init__(self, children: Sequence[str], settle: Settle) -> None:
-        self._children, self._settle = list(children), settle
+        self._children = list(children)
+        self._settle: Callable[[], Settle | None]
+        self._settle = weakref.WeakMethod(settle) if inspect.ismethod(settle) else lambda: settle
         self._here: dict[str, Message] = {}
         self._outcome: asyncio.Future[Callable[[Message], Message]] | None = None
 
@@ -40,7 +45,9 @@ class Meeting:
             messages = [self._here[name] for name in self._children]
             self._here, self._outcome = {}, None
             try:
-                outcome.set_result(await self._settle(messages))
+                settle = self._settle()
+                assert settle is not None, "whoever is asked is there"
+                outcome.set_result(await settle(messages))
             except BaseException as error:
                 outcome.set_exception(error)  # those who wait would wait for ever
                 outcome.exception()  # nobody may be waiting

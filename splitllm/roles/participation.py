@@ -161,7 +161,7 @@ class Participation:
 
     def _drawn(self, number: int) -> frozenset[int]:
         wanted, present = self.recipe.rounds.participation, list(self.names.values())
-        rules = Rules(wanted.policy, wanted.share, wanted.count, 1.0, min(wanted.minimum, len(present)))
+        rules = Rules(wanted.policy, wanted.share, wanted.count, 1.0, wanted.minimum)
         numbers = {name: client for client, name in self.names.items()}
         attempt = 0
         while True:

@@ -59,10 +59,10 @@ class RoundBounds:
             tensors: the value.
             averaged: adapter tensors of the child that are averaged -> shape.
         """
-        if self.words is not None:
-            return self._words_fault(tensors, averaged)
         due, side = self.due(steps), self.side(steps - 1)
         wanted = {n: s for n, s in averaged.items() if side is None or f".lora_{side}." in n}
+        if self.words is not None:
+            return self._words_fault(tensors, wanted)
         if self.level > due:
             return f"{len(tensors)} tensors, where only weights are due" if tensors else None
         for key, tensor in tensors.items():
@@ -70,14 +70,14 @@ class RoundBounds:
                 return fault
         return self._missing(tensors, wanted)
 
-    def _words_fault(self, tensors: Mapping[str, torch.Tensor], averaged: Shapes) -> str | None:
+    def _words_fault(self, tensors: Mapping[str, torch.Tensor], wanted: Shapes) -> str | None:
         """All words, or none of one that takes no part or has sent them before."""
-        most = sum(shape.numel() for shape in averaged.values())
+        due = sum(shape.numel() for shape in wanted.values())
         if tensors.keys() - {"words"}:
             return f"{sorted(tensors)[0][:200]!r}, where words are due"
         words = tensors.get("words")
-        if words is not None and (words.dtype != self.words or words.dim() != 1 or words.numel() > most):
-            return f"words of {words.dtype} {list(words.shape)}"
+        if words is not None and (words.dtype != self.words or list(words.shape) != [due]):
+            return f"words of {words.dtype} {list(words.shape)}, where [{due}] are due"
         return None
 
     def adapter_fault(self, tensors: Mapping[str, torch.Tensor], held: Shapes) -> str | None:

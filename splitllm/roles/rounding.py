@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from splitllm.federated.averager import Averager, Limits, starting
 from splitllm.federated.exchange import Exchange
+from splitllm.federated.handed import Handed
 from splitllm.federated.outer import Outer
 from splitllm.federated.pooling import Rules
 from splitllm.federated.rounds import Arithmetic, Tensors
@@ -30,6 +32,7 @@ from splitllm.recipe import (
     goes_by_rounds,
     intervals,
     lora_of,
+    own_blocks,
     parent_of,
     role_bounds,
     role_names,
@@ -81,7 +84,7 @@ class Rounding:
         """
         if not goes_by_rounds(self.recipe):
             return None
-        averager = self._averager(level) if level and lane is None else None
+        averager = self._averager(name, level) if level and lane is None else None
         below = self._below(name, worker)
         mine = below if lane is None else {lane: below[lane]}
         participation = Participation(self.recipe, mine) if level == 1 else None
@@ -109,14 +112,14 @@ class Rounding:
     def in_hall(self, name: str, level: int) -> Rounds:
         """What averages for all lanes of a server, which bring what is trained there as well."""
         start = self._arithmetic.sent(self._start(), scaling_of(self.recipe.lora))
-        averager = self._averager(level)
+        averager = self._averager(name, level)
         return Rounds(
             self.recipe,
             name,
             level,
             None,
             self._arithmetic,
-            Averager(averager.arithmetic, averager.limits, averager.outer, start),
+            Averager(averager.arithmetic, averager.limits, averager.outer, start, averager.handed),
             scale=lambda other: scaling_of(self._lora(other)),
             block=self._block,
             blocks=averaged_blocks(self.recipe, self.config.num_hidden_layers),
@@ -139,7 +142,6 @@ class Rounding:
         return Hiding(
             fingerprint(recipe),
             server,
-            clients,
             fixed,
             threshold if secure.aggregate else None,
             private.clip,
@@ -180,11 +182,16 @@ class Rounding:
         rounds = self.recipe.rounds
         return Arithmetic(rounds.rule, scaling_of(self.recipe.lora), rounds.trim)
 
-    def _averager(self, level: int) -> Averager:
+    def _averager(self, name: str, level: int) -> Averager:
         top = level == len(intervals(self.recipe))
         rules = replace(self._rules, outer=self._rules.outer if top else None)
         start = starting(self._start()) if rules.look_at_changes or hides(self.recipe) else {}
-        return Averager(rules.arithmetic, rules.limits, rules.outer, start)
+        return Averager(rules.arithmetic, rules.limits, rules.outer, start, self._handed(name))
+
+    def _handed(self, name: str) -> Handed | None:
+        """What comes out of the run, of the top."""
+        top = len(self.recipe.split.tiers) == 1 or parent_of(self.recipe, name) is None
+        return Handed(self._arithmetic, self._largest_start()) if top else None
 
     @property
     def _rules(self) -> Rules:
@@ -203,17 +210,38 @@ class Rounding:
             found[lower] = [group for group in groups if below.issuperset(group)]
         return found
 
-    def _block(self, tensor: str) -> int:
-        return block_of(self.config, in_model(tensor))
+    @cached_property
+    def _block(self) -> Callable[[str], int]:
+        """Adapter tensor -> global index of its block; roles ask for every tensor in every step."""
+        config = self.config
+        return cache(lambda tensor: block_of(config, in_model(tensor)))
 
-    def _start(self) -> Tensors:
-        """The whole adapter as the run starts it."""
+    def _largest_start(self) -> Tensors:
+        """What rounds average as the run starts it, as a value, of the largest rank that somebody has of it."""
+        recipe, layers, found = self.recipe, self.config.num_hidden_layers, Tensors()
+        rank_of = {block: self._largest_rank(block) for block in averaged_blocks(recipe, layers)}
+        for rank in sorted(set(rank_of.values())):
+            whole = self._start(rank)
+            found |= {name: tensor for name, tensor in whole.items() if rank_of.get(self._block(name)) == rank}
+        return self._arithmetic.sent(found, scaling_of(recipe.lora))
+
+    def _largest_rank(self, block: int) -> int:
+        """Of those who train an adapter of a block."""
+        recipe, bounds = self.recipe, role_bounds(self.recipe, self.config.num_hidden_layers)
+        own, clients = block in own_blocks(recipe, self.config.num_hidden_layers), client_names(recipe)
+        holders = [name for name, (start, stop) in bounds.items() if start <= block < stop]
+        ranks = [lora_of(recipe, c).rank for c, name in enumerate(clients) if own or name in holders]
+        return max([*ranks, *(recipe.lora.rank for name in holders if not own and name not in clients)])
+
+    def _start(self, rank: int | None = None) -> Tensors:
+        """The whole adapter as the run starts it, of the recipe's rank or another."""
         recipe, dtype = self.recipe, adapter_dtype(DTYPES[self.recipe.model.dtype])
         given: Tensors = {}
         if recipe.lora.start_from is not None:
             given = in_text_model(load_adapter(Path(recipe.lora.start_from))[1], layout_of(self.config))
         start: Tensors = {}
-        for name, shape in adapter_shapes(self.config, recipe.lora, self.modules).items():
+        lora = recipe.lora if rank is None else recipe.lora.model_copy(update={"rank": rank})
+        for name, shape in adapter_shapes(self.config, lora, self.modules).items():
             new = initial_a(name, shape, recipe.seed) if ".lora_A." in name else torch.zeros(shape)
             if "magnitude" not in name:
                 start[name] = given.get(name, new).to(dtype)

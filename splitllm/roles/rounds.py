@@ -154,11 +154,11 @@ class Rounds:
         found = {key: tensor for key, tensor in given if self._is_below(key.partition("/")[2], stop)}
         return {key: tensor for key, tensor in found.items() if side is None or f".lora_{side}." in key}
 
-    def sum_of(self, messages: Sequence[Message]) -> Words:
-        """Of words that are not masked."""
+    def sum_of(self, messages: Sequence[Message]) -> tuple[Words, dict[str, str]]:
+        """Of words that are not masked; and who was left out -> why."""
         assert self.hiding is not None
         size = sum(tensor.numel() for tensor in self.summed_tensors(messages[0].step).values())
-        return summed(messages, self.hiding.fixed.dtype, size)
+        return summed(messages, self.hiding, size)
 
     def _is_below(self, name: str, stop: int) -> bool:
         return self.block(name) in self.blocks and self.block(name) < stop
@@ -239,14 +239,20 @@ class Rounds:
         """What is trained here by its names in an adapter file, and `frozen/NAME`; under rules of any rank scaled.
 
         Of what more than one holds here, the largest: after a round of all it is the best. Of a client that hides
-        what it trains it is what the last round gave it, should one after that have been void.
+        what it trains it is what the last round gave it, should one after that have been void. At the top it is of all
+        that rounds average what they gave.
         """
         hidden = self.hiding is not None and self.level == 0
         found = [(h.trainable.anchor() if hidden else h.adapter(), h.scale) for h in self._holders()]
         held = [self.arithmetic.sent(tensors, scale) for tensors, scale in found]
         tensors = {name.removeprefix(ADAPTER): t for name, t in largest(held).items()}
         frozen = self.worker.frozen if self.worker is not None else None
-        return tensors | (frozen.whole() if frozen is not None else {})
+        return tensors | (frozen.whole() if frozen is not None else {}) | self.decided()
+
+    def decided(self) -> Tensors:
+        """At the top, what rounds have made of all that they average, in the words of `adapter`; nothing elsewhere."""
+        handed = None if self.averager is None else self.averager.handed
+        return {} if handed is None else handed.adapter()
 
     def scaled(self, tensors: Tensors) -> Tensors:
         """What several clients train in common, as `adapter` has the rest."""
@@ -305,14 +311,17 @@ class Rounds:
         except AverageError as error:
             raise DivergedError(str(error)) from error
 
-    def average_hidden(self, words: Words, weights: Weights, due: int, steps: int) -> Outcome:
-        """The same of the sum of what clients have added."""
+    def average_hidden(
+        self, words: Words, rejected: Mapping[str, str], weights: Weights, due: int, steps: int
+    ) -> Outcome:
+        """The same of the sum of what clients have added, but those who were left out of it."""
         assert self.hiding is not None and self.participation is not None
-        members = [client for client, each in weights.items() if each[self.level - 1] > 0]
+        left = {c: each for c, each in weights.items() if self.names[c] not in rejected}
+        members = [client for client, each in left.items() if each[self.level - 1] > 0]
         value = self.hiding.mean(words, len(members), self.summed_tensors(steps))
-        made = self.average([("the clients' sum", members, value)], weights, due)
+        made = self.average([("the clients' sum", members, value)], left, due)
         spent = self.hiding.spent(self.participation.rounds_held + 1)
-        return replace(made, updates=len(members), epsilon=spent)
+        return replace(made, updates=len(members), rejected=rejected, epsilon=spent)
 
     def _holders(self) -> list[Holder]:
         """What is trained here."""

@@ -164,6 +164,7 @@ class Server:
         self._weights: LossWeights = {}
         self._scales: dict[int, float] = {}
         self._labels: dict[int, int] = {}
+        self._taking_part: list[int] = []
         self._tokens: dict[int, int] = {}
         for run, _, _ in self._waiting.values():
             self._need_batching().abandon(run)
@@ -220,6 +221,7 @@ class Server:
             due.update(dict.fromkeys(ids, message.sender))
             counts.update(own)
         self._weights = await self._loss_weights(messages[0], counts)
+        self._taking_part = [client for client, labels in counts.items() if labels]
         self._labels = {client: sum(labels) for client, labels in counts.items()}
         self._scales = {client: scale_of(self._weights[client], labels) for client, labels in self._labels.items()}
         self._tokens = dict.fromkeys(counts, 0)
@@ -371,8 +373,8 @@ class Server:
         return reply
 
     def _shares(self) -> dict[int, float]:
-        """Each client's part of the loss over all clients."""
-        return {client: self._weights[client] * labels for client, labels in self._labels.items()}
+        """The part of the loss over all clients of each that takes part in this step."""
+        return {client: self._weights[client] * self._labels[client] for client in self._taking_part}
 
     def _gift(self, step: int) -> Gift | None:
         """Whose step this is, where it is that of one client, by what the server has seen of it."""

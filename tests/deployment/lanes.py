@@ -109,9 +109,9 @@ def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {name: adapter(place) for name, place in places.items() if place.exists()}
 
 
-def kept(server: Path) -> dict[str, Any]:
-    """The newest values in the journal of what is common."""
-    entries = {int(place.stem.partition("-")[2]): place for place in (server / "journal" / "common").glob("step-*")}
+def kept(server: Path, what: str = "common") -> dict[str, Any]:
+    """The newest values in the journal of what is common, or of `rounds`."""
+    entries = {int(place.stem.partition("-")[2]): place for place in (server / "journal" / what).glob("step-*")}
     return read_entry(entries[max(entries)]).values
 
 

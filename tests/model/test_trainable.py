@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -155,3 +157,26 @@ def test_a_state_goes_on_bit_for_bit() -> None:
     assert set(ours) == set(theirs)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert torch.equal(state["step/a"], torch.tensor(2.0))  # loading copies: the state stays as it was
+
+
+class Looked(dict[str, torch.Tensor]):
+    """Counts how often somebody goes through all of it."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.times += 1
+        return super().__iter__()
+
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        self.times += 1
+        return super().items()
+
+
+def test_a_state_is_gone_through_once_however_many_parameters_there_are() -> None:
+    trainable = Trainable({f"x{number}": nn.Parameter(torch.zeros(1)) for number in range(20)}, RECIPE)
+    state = Looked(trainable.state())
+    trainable.load(state)
+    assert state.times == 1
+    trainable.renew(state, reset=False)
+    assert state.times == 2

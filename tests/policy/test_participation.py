@@ -40,7 +40,10 @@ histories = st.builds(History, st.dictionaries(st.sampled_from(CROWD), seen))
     ],
 )
 def test_the_goal(share: float, count: int | None, minimum: int, there: int, goal: int) -> None:
-    assert wanted(Rules("random", share, count, minimum=minimum), there) == goal
+    rules = Rules("random", share, count, minimum=minimum)
+    assert wanted(rules, there) == goal
+    found = select(rules, [f"client-{number}" for number in range(there)], Draw(0, 1))
+    assert isinstance(found, Asked) and len(found.clients) == goal
 
 
 @pytest.mark.parametrize("policy", ["random", "oort"])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 
 from splitllm.errors import RecipeError
-from splitllm.recipe import rounds_line
+from splitllm.recipe import Recipe, dump_recipe, rounds_line
 
 LOCAL = ["rounds.replicas=local", "rounds.edge_every=2", "rounds.cloud_every=4"]
 TREE = ["split.tiers={client: 4, edge: 2, cloud: 1}", "lora.adapters=common"]
@@ -16,6 +17,7 @@ PACED = [*LOCAL, *TREE, "server.batching=continuous"]
 
 def test_several_servers_of_a_tier_may_train_what_is_common_where_rounds_average_them(recipe_with: Any) -> None:
     recipe_with(*PACED, "rounds.buffer={size: 2, discount: hinge, oldest: 3}")
+    assert Recipe.model_validate(yaml.safe_load(dump_recipe(recipe_with(*PACED)))) == recipe_with(*PACED)
     with pytest.raises(RecipeError, match="which averages them"):
         recipe_with(*TREE, "server.batching=continuous")
 

@@ -69,6 +69,23 @@ def test_whoever_is_killed_whenever_the_rounds_are_the_same(seed: int) -> None:
         assert same(past.kept[3], expected.pasts[name].kept[3]), name
 
 
+@pytest.mark.parametrize("options", each_fast(1, 4, slow=[0, 2, 3, 5, 6]))
+def test_what_a_client_says_at_the_end_changes_nothing_of_what_comes_out(options: int) -> None:
+    found = tree(options)
+    found.look = replaced
+    assert same(finish(found).adapter, undisturbed(options).adapter)
+
+
+def replaced(message: Message) -> None:
+    """An adapter of its own, larger than any where ranks may differ."""
+    if message.kind != "finish" or not message.sender.startswith("client"):
+        return
+    assert isinstance(message.tensors, dict) and message.tensors
+    for name, tensor in message.tensors.items():
+        shape = [16 if extent == min(tensor.shape) else extent for extent in tensor.shape]
+        message.tensors[name] = torch.full(shape, 7.0)
+
+
 def rounds_of(found: Tree) -> list[Message]:
     return [message for _, message in found.seen if message.kind == "round"]
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 
-from splitllm.errors import DivergedError
+from splitllm.errors import DivergedError, PeerError
 from splitllm.policy.participation import Rules
 from tests.roles.halls import Above, Clock, Disk, brought, constant, hall_of, like, paced
 
@@ -54,7 +54,7 @@ def test_with_a_deadline_who_is_slow_is_left_behind_and_takes_up_what_it_missed(
         assert not hall.asks("client-3", 1)  # its round is over: it need not go on
         assert hall.asks("client-0", 2)
         late = await hall.bring(brought(hall, 3, 2, 100.0))
-        assert constant(late.value) == 4.0 and not late.reports
+        assert constant(late.value) == 4.0 and late.reports == fast[0].result().reports
         rest = [asyncio.create_task(hall.bring(brought(hall, c, 4, 6.0))) for c in range(4)]
         assert {constant((await task).value) for task in rest} == {7.0}  # the server above has added 1
 
@@ -134,6 +134,7 @@ def test_what_is_not_finite_is_left_out_and_named_and_what_all_bring_ends_them()
     async def test() -> None:
         hall = hall_of(paced(), Rules())
         tasks = [asyncio.create_task(hall.bring(brought(hall, c, 2, 2.0))) for c in (0, 1, 2)]
+        await settled()
         verdict = await hall.bring(brought(hall, 3, 2, float("nan"), spoiled=True))
         assert constant(verdict.value) == 2.0 == constant((await tasks[0]).value)
         assert verdict.reports[0]["rejected"] == {"client-3": "not finite"}
@@ -143,6 +144,23 @@ def test_what_is_not_finite_is_left_out_and_named_and_what_all_bring_ends_them()
                 await task
         good = [asyncio.create_task(hall.bring(brought(hall, c, 4, 3.0))) for c in range(4)]
         assert {constant((await task).value) for task in good} == {4.0}
+
+    run(test)
+
+
+def test_what_is_not_finite_does_not_make_up_the_minimum() -> None:
+    async def test() -> None:
+        clock = Clock()
+        hall = hall_of(paced(), Rules(deadline=10.0), clock=clock)
+        bad = asyncio.create_task(hall.bring(brought(hall, 3, 2, float("nan"), spoiled=True)))
+        await settled()
+        clock.now = 10.0
+        hall.look()
+        await settled()
+        assert not bad.done()  # the round is repeated, for the others
+        verdict = await hall.bring(brought(hall, 1, 2, 2.0))
+        assert constant(verdict.value) == 2.0 == constant((await bad).value)
+        assert verdict.reports[0]["rejected"] == {"client-3": "not finite"}
 
     run(test)
 
@@ -193,6 +211,15 @@ def test_what_goes_further_up_is_all_since_the_last_time_and_is_brought_once() -
         assert {constant((await task).value) for task in tasks} == {7.0}
         ((at, weights, _, value),) = above.asked
         assert at == 8 and constant(value) == 6.0
+
+    run(test)
+
+
+def test_a_round_that_is_not_due_is_refused() -> None:
+    async def test() -> None:
+        hall = hall_of(paced(), Rules())
+        with pytest.raises(PeerError, match="client-0 brought round 2, where 1 is due"):
+            await hall.bring(brought(hall, 0, 4, 1.0))
 
     run(test)
 

@@ -107,6 +107,33 @@ def test_no_client_moves_the_average_by_more_than_its_clipped_change(
     assert 0 < math.hypot(*moved) <= 0.001 + 1e-6
 
 
+def test_words_of_more_than_a_clipped_change_are_left_out_by_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [*TREE["two tiers"], *EVERY, "train.steps=2", "rounds.privacy={clip: 0.001}"]
+    request = LocalLink.request
+
+    async def loud(self: LocalLink, message: Message) -> Message:
+        if message.kind == "round" and message.sender == "client-1":
+            words = message.tensors["words"]
+            message = replace(message, tensors={"words": torch.full_like(words, int(words.abs().max()))})
+        return await request(self, message)
+
+    still = ["train.steps=1", "train.optimizer.lr=1e-30", "train.schedule={name: constant}"]
+    start = run(folder, tmp_path, *TREES["two tiers"], *still, name="start")
+    monkeypatch.setattr(LocalLink, "request", loud)
+    private = run(folder, tmp_path, *common)
+    moved = [float((private[n] - start[n]).double().norm()) for n in private if ".h.0." in n or ".h.1." in n]
+    assert 0 < math.hypot(*moved) <= 0.001 * 2 / 3 + 1e-6
+    (report,) = rounds_in(tmp_path / "run")
+    assert list(report["rejected"]) == ["client-1"] and report["updates"] == 2
+    assert "where rounds.privacy.clip is 0.001" in report["rejected"]["client-1"]
+    assert "cloud left client-1 out of its average" in capsys.readouterr().out
+    void = run(folder, tmp_path, *common, "rounds.participation={minimum: 3}", name="void")
+    assert rounds_in(tmp_path / "void")[0]["void"] == "2 usable updates, where rounds.participation.minimum is 3"
+    assert apart({n: t for n, t in void.items() if ".h.0." in n}, {n: start[n] for n in void if ".h.0." in n}) < 1e-20
+
+
 def test_noise_is_never_the_same_and_its_price_is_told(folder: Path, tmp_path: Path) -> None:
     noisy = [*TREE["two tiers"], *EVERY, MASKED, "rounds.privacy={clip: 0.5, noise: 2.0, delta: 0.001}"]
     one, two = (run(folder, tmp_path, *noisy, name=name) for name in ("one", "two"))

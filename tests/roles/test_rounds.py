@@ -468,6 +468,27 @@ def test_a_round_with_too_few_usable_updates_is_void_and_the_next_counts_all_ste
     assert torch.allclose(adapter[name].double(), mean, atol=1e-7)  # type: ignore[arg-type]
 
 
+def test_where_the_last_round_is_void_what_the_one_before_gave_comes_out(
+    folder: Path, tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no client's own adapter, which it has trained on since."""
+    request = LocalLink.request
+
+    async def poisoned(self: LocalLink, message: Message) -> Message:
+        if message.kind == "round" and message.sender == "client-1" and message.step == 4:
+            message = replace(message, tensors={n: torch.full_like(t, math.nan) for n, t in message.tensors.items()})
+        return await request(self, message)
+
+    monkeypatch.setattr(LocalLink, "request", poisoned)
+    least = "rounds.participation={minimum: 3}"
+    adapter = run(folder, tmp_path, *TREES["two tiers"], LOCAL, "rounds.cloud_every=2", least)
+    assert [report["void"] is None for report in rounds_in(tmp_path / "run")] == [True, False]
+    (given,) = [reply.tensors for m, reply in seen.messages if m.sender == "client-0" and m.step == 2]
+    of_clients = {name for name in adapter if ".h.0." in name or ".h.1." in name}
+    assert {f"adapter/{name}" for name in of_clients} == set(given)
+    assert all(torch.equal(adapter[name], given[f"adapter/{name}"]) for name in of_clients)
+
+
 @pytest.mark.parametrize("policy", each_fast("oort", slow=["random"]))
 def test_who_takes_part_is_the_same_in_a_resumed_run(folder: Path, tmp_path: Path, seen: Seen, policy: str) -> None:
     some = [f"rounds.participation={{policy: {policy}, share: 0.5}}", "train.checkpoint_every=1", "train.steps=6"]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from splitllm.metrics import read_records
 from splitllm.recipe import Recipe, load_recipe
 from splitllm.train import train
 from tests.deployment.lanes import deployed as deployed_here
-from tests.deployment.lanes import with_edges
+from tests.deployment.lanes import kept, with_edges
 from tests.faults.deployment import deployed
 from tests.processes import ROOT
-from tests.system.test_rounds import CLIENTS, EVERY, LEARNS, POISONED, SLOW, STEPS, Crawl, start
+from tests.system.test_rounds import EVERY, LEARNS, POISONED, SLOW, STEPS, Crawl, start
 from tests.tiny import write_recipe
 
 pytestmark = pytest.mark.system
@@ -77,6 +78,35 @@ def test_where_all_are_in_time_it_is_the_adapter_of_one_process(tmp_path: Path, 
     assert said[0] == said[1] and len(ours) == 6 * 3
 
 
+def test_whichever_server_is_killed_no_round_is_lost_and_none_counts_twice(tmp_path: Path) -> None:
+    recipe, drawn = write_recipe(tmp_path), random.Random(time.time_ns())
+    words = (*EXACT, "train.steps=40", "wire.keepalive=0.25")
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+
+        def steps() -> int:
+            path = deployment.folder / "cloud" / "metrics.jsonl"
+            records = read_records(path) if path.exists() else []
+            return max((each["step"] for each in records if each["event"] == "round" and each["level"] == 2), default=0)
+
+        deployment.start()
+        for name in drawn.choices(["edge-0", "edge-1", "cloud"], k=4):
+            at = steps()
+            deployment.until(lambda at=at: steps() > at, f"a round after step {at}")  # type: ignore[misc]
+            time.sleep(drawn.random() / 3)
+            assert not deployment.said("cloud", "done"), f"it is over before {name} is killed"
+            deployment.kill(name)
+            deployment.start(name)
+        assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
+        cloud = deployment.folder / "cloud"
+        said = Counter((each["step"], each["role"]) for each in rounds_of(cloud))
+        assert said.keys() == {(step, role) for step in range(1, 41) for role in ("edge-0", "edge-1", "cloud")}
+        assert {each["updates"] for each in rounds_of(cloud)} == {2}  # everybody, and once
+        assert all(count == 1 for (_, role), count in said.items() if role != "cloud")
+        assert kept(deployment.folder / "cloud", "rounds")["number"] == 40
+        summary = deployment.summary()
+        assert summary["eval_loss_after"] < summary["eval_loss_before"]
+
+
 def test_servers_that_wait_for_nobody_end_with_one_adapter(tmp_path: Path) -> None:
     words = [word for word in EXACT if not word.startswith("rounds")]
     rounds = "rounds={replicas: local, edge_every: 1, cloud_every: 2, buffer: {size: 1, oldest: 5}}"
@@ -94,7 +124,7 @@ def test_some_away_in_every_round_one_slow_one_sending_nan_and_nobody_waits(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     recipe, drawn = ROOT / "recipes" / "quickstart.yaml", random.Random(time.time_ns())
-    words = (*LEARNS, *PACED, "split.cuts=[2, 4]", "rounds.participation={deadline: 4.0, minimum: 1}")
+    words = (*LEARNS, *PACED, "split.tiers={client: 6, edge: 2, cloud: 1}", "rounds.participation.deadline=2.0")
     clean = train(load_recipe(recipe, words), tmp_path / "clean")
     with deployed(recipe, tmp_path / "run", *words) as deployment:
 
@@ -107,7 +137,10 @@ def test_some_away_in_every_round_one_slow_one_sending_nan_and_nobody_waits(
         deployment.until(lambda: rounds() >= 2, "the first round")
         crawl = Crawl(deployment, SLOW)
         crawl.start()
-        others, away = [name for name in CLIENTS if name not in (SLOW, POISONED)], None
+        others, away = (
+            [name for name in deployment.names if name[:6] == "client" and name not in (SLOW, POISONED)],
+            None,
+        )
         for step in range(2, STEPS, EVERY // 2):
             deployment.until(lambda step=step: rounds() >= step, f"the round of step {step}")  # type: ignore[misc]
             if away is not None:
