@@ -88,14 +88,18 @@ RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def write_checkpoint(folder: Path, case: Case) -> int:
+    """Write the checkpoint of a case; returns all bytes."""
+    return write_shards(folder, case.family, case.layers, case.stored)
+
+
+def write_shards(folder: Path, family: dict[str, Any], layers: int, stored: str) -> int:
     """Write config.json and one safetensors file for the table, one for the rest and one a block; returns all bytes."""
-    config = {**case.family, "num_hidden_layers": case.layers, "dtype": case.stored}
-    (folder / "config.json").write_text(json.dumps(config))
-    parts = [_table(case.family), _outside(case.family), *(_block(case.family, layer) for layer in range(case.layers))]
+    (folder / "config.json").write_text(json.dumps({**family, "num_hidden_layers": layers, "dtype": stored}))
+    parts = [_table(family), _outside(family), *(_block(family, layer) for layer in range(layers))]
     weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         name = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        _write_file(folder / name, part, case.stored)
+        _write_file(folder / name, part, stored)
         weight_map.update(dict.fromkeys(part, name))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -104,6 +104,31 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 @app.command(
     epilog=_examples(
+        "splitllm plan recipes/quickstart.yaml --memory",
+        "splitllm plan --memory recipes/gpt2-e2e.yaml train.batch_size=2 --json",
+    )
+)
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    memory: Annotated[bool, typer.Option("--memory", help="What every role will hold, part by part, in MiB.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    here: Annotated[bool, typer.Option("--here", help="Fail unless all roles fit here as processes.")] = False,
+) -> None:
+    """Work out what a recipe needs, before anything is loaded."""
+    with _errors_as_lines():
+        if not memory:
+            raise RecipeError(["plan: say what of; --memory is all there is so far"])
+        from splitllm.recipe import load_recipe
+
+        wanted = load_recipe(recipe, overrides or ())
+        from splitllm.deployment.plan import plan_memory
+
+        plan_memory(wanted, as_json=as_json, here=here)
+
+
+@app.command(
+    epilog=_examples(
         "splitllm merge out/quickstart/adapter --base recipes/quickstart-base --output-dir out/merged",
     )
 )

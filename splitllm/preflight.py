@@ -21,6 +21,7 @@ from splitllm.model.export import load_adapter, tensor_shapes
 from splitllm.model.families import dropouts, layout_of, set_dropouts
 from splitllm.model.loading import Checkpoint, load_config, quiet_transformers
 from splitllm.model.lora import adapter_shapes, block_of, matched_modules
+from splitllm.model.machine import available_bytes, device_bytes, device_here, give_back, resident_bytes
 from splitllm.model.naming import in_text_model
 from splitllm.model.proof import admit
 from splitllm.recipe import (
@@ -39,6 +40,8 @@ from splitllm.recipe import (
 )
 from splitllm.roles.admission import Admission, admissions, lines_of
 from splitllm.roles.admission import problems as admission_problems
+from splitllm.roles.fitting import Needs, device_needs, needs_of_limits, role_needs, shortage, together_needs
+from splitllm.roles.ledger import Ledger
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
@@ -88,6 +91,30 @@ class Plan:
         return admissions(self.recipe, self.config, self.modules)
 
     @cached_property
+    def ledger(self) -> Ledger:
+        """What every role will hold; the interpreter is this one, as it is when this is first asked for."""
+        return Ledger(self.recipe, self.config, self.modules, resident_bytes())
+
+    def refuse_beyond_limits(self) -> None:
+        """Be sure that no role takes more than `split.memory_mib` gives its tier.
+
+        Raises:
+            RecipeError: one does, with what would fit.
+        """
+        if self.recipe.split.memory_mib:
+            self.refuse_unless(needs_of_limits)
+
+    def refuse_unless(self, *needs: Needs) -> None:
+        """Be sure of room, before anything is loaded.
+
+        Raises:
+            RecipeError: there is none, with what would fit.
+        """
+        short = [shortage(self.recipe, self.config, self.modules, self.ledger, each) for each in needs]
+        if lines := [line for each in short for line in each]:
+            raise RecipeError(lines)
+
+    @cached_property
     def adapters(self) -> dict[int, dict[str, torch.Size]]:
         """Rank -> the shapes of an adapter of the whole model, by name, for all ranks of the recipe."""
         lora = self.recipe.lora
@@ -126,13 +153,14 @@ class _Problems:
         return None
 
 
-def prepare(recipe: Recipe, *, data: bool = True, client: int | None = None) -> Plan:
+def prepare(recipe: Recipe, *, data: bool = True, client: int | None = None, limits: bool = True) -> Plan:
     """Check a recipe against its model, tokenizer and data.
 
     Args:
         recipe: what the user asks for.
         data: whether this machine has any; a server has none, and its plan an empty corpus.
         client: the only one whose rows are wanted.
+        limits: whether roles that take more than `split.memory_mib` gives them are refused.
 
     Raises:
         RecipeError: with every problem found.
@@ -163,9 +191,31 @@ def prepare(recipe: Recipe, *, data: bool = True, client: int | None = None) -> 
     if not trained:
         raise RecipeError([f"lora.tiers: {list(recipe.lora.tiers or ())} hold no module that lora.targets matches"])
     plan = Plan(recipe, config, corpus, tuple(trained), len(trained) == len(modules))
+    give_back()  # what the proof of the family took
     if lines := admission_problems(recipe, plan.admissions):
         raise RecipeError(lines)
+    if limits:
+        plan.refuse_beyond_limits()
     return plan
+
+
+def refuse_without_room(plan: Plan, name: str | None = None) -> None:
+    """Compare what a role, or all roles in one process, will hold with what this machine has left.
+
+    Args:
+        plan: of the run.
+        name: of the role; None: all of them.
+
+    Raises:
+        RecipeError: there is no room, with what would fit.
+    """
+    device = device_here()
+    on_device, free = device_bytes(device), available_bytes()
+    if on_device is not None:
+        plan.refuse_unless(device_needs(name, on_device, f"memory of {device}"))
+    elif free is not None:
+        where = "memory of this machine"
+        plan.refuse_unless(together_needs(free, where) if name is None else role_needs(name, free, where))
 
 
 def describe(plan: Plan) -> list[str]:

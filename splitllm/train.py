@@ -17,7 +17,8 @@ from typing import Any
 from splitllm.checkpoint import TrainingState
 from splitllm.errors import RunInterrupted
 from splitllm.metrics import Metrics, Tracker
-from splitllm.preflight import prepare
+from splitllm.model.machine import give_back
+from splitllm.preflight import prepare, refuse_without_room
 from splitllm.recipe import Recipe, goes_by_rounds, intervals, level_due, rounds_line, what_leaves_the_device
 from splitllm.roles.assembly import Assembly, Site, schedule_of
 from splitllm.roles.client import StepReport
@@ -25,7 +26,8 @@ from splitllm.roles.elsewhere import opened
 from splitllm.roles.server import Counts
 from splitllm.running.base import open_base
 from splitllm.running.interrupt import StopSignal
-from splitllm.running.outcome import fingerprint, finish, keep_recipe, restore, save, saved_state
+from splitllm.running.memory import announced
+from splitllm.running.outcome import fingerprint, finish, keep_recipe, measure, restore, save, saved_state
 from splitllm.running.results import log_round
 from splitllm.running.state import Run
 from splitllm.running.world import World, open_world, share_cores
@@ -66,6 +68,7 @@ def opened_run(recipe: Recipe, directory: Path, resume: bool = False) -> tuple[R
     saved = saved_state(recipe, directory, resume)
     share_cores(recipe.train)
     plan = prepare(recipe)
+    refuse_without_room(plan)
     world = open_world(recipe.train, directory)
     base = open_base(recipe, directory, world)
     data = fingerprint(plan.corpus, base, saved)
@@ -105,6 +108,7 @@ async def _train(run: Run, stop: StopSignal) -> dict[str, Any]:
         if run.world.any(stop.asked):
             raise RunInterrupted(_stopped(run, save(run)))
         await _step_with_others(run, stop)
+        measure(run)
         last = run.step == recipe.steps
         if recipe.eval_every and run.step % recipe.eval_every == 0 and not last:
             await _evaluate(run)
@@ -183,6 +187,9 @@ def _announce(run: Run) -> None:
     run.metrics.say(f"leaves the device: {what_leaves_the_device(run.recipe)}")
     if goes_by_rounds(run.recipe):
         run.metrics.say(f"rounds: {rounds_line(run.recipe)}")
+    for line in announced(run.plan.ledger):
+        run.metrics.say(line)
+    give_back()  # what working that out has left
     for share in run.plan.corpus.shares:
         groups = f" ({', '.join(share.groups)})" if share.groups else ""
         run.metrics.say(f"{share.client}: {share.examples} rows, {share.tokens} tokens{groups}")

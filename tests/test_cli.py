@@ -53,6 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         },
         "splitllm.model.export": {"merge": lambda *arguments: made.append(arguments)},
         "splitllm.deployment.up": {"up": lambda *arguments, **options: made.append((*arguments, options))},
+        "splitllm.deployment.plan": {"plan_memory": lambda recipe, **options: made.append((recipe, options))},
         "splitllm.deployment.logs": {"log_to_stdout": lambda role: None},
         "splitllm.deployment.run": {"run_role": lambda *arguments, **options: made.append((*arguments, options))},
     }
@@ -101,6 +102,21 @@ def test_validate_reports_what_the_preflight_finds(calls: list[Any]) -> None:
     sys.modules["splitllm.preflight"].__dict__["prepare"] = refuse
     done = run("validate", QUICKSTART)
     assert (done.exit_code, done.stdout, lines(done.stderr)) == (2, "", ["first", "second"])
+
+
+def test_plan_hands_over_what_is_to_be_planned(calls: list[Any]) -> None:
+    assert run("plan", "--memory", QUICKSTART, "train.batch_size=2", "--json").exit_code == 0
+    [(recipe, options)] = calls
+    assert recipe.train.batch_size == 2 and options == {"as_json": True, "here": False}
+
+
+def test_plan_needs_to_be_told_of_what(calls: list[Any]) -> None:
+    done = run("plan", QUICKSTART)
+    assert (done.exit_code, lines(done.stderr), calls) == (
+        2,
+        ["plan: say what of; --memory is all there is so far"],
+        [],
+    )
 
 
 def test_merge_hands_over_its_three_arguments(calls: list[Any]) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import is_flash_attn_2_available
 from typer.testing import CliRunner
 
+from splitllm import preflight
 from splitllm.cli import app
 from splitllm.preflight import prepare
 from splitllm.recipe import load_recipe
@@ -350,6 +351,29 @@ def test_an_adapter_configuration_that_is_none_is_refused(
     )
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(str(tmp_path / "odd"))
+
+
+def test_a_limit_of_a_tier_is_checked_by_every_command(folder: Path, tmp_path: Path) -> None:
+    recipe, limit, out = str(folder / "recipe.yaml"), "split.memory_mib={client: 1}", tmp_path / "out"
+    for words in (["validate", recipe, limit], ["train", recipe, limit, "--output-dir", str(out)]):
+        refused = CliRunner().invoke(app, words)
+        assert refused.exit_code == 2 and not out.exists()
+        assert refused.stderr.startswith("split.memory_mib.client: 1 MiB do not hold client-0, which takes ")
+
+
+def test_a_limit_names_a_tier(folder: Path, tmp_path: Path) -> None:
+    [line] = complaints(folder, tmp_path, "split.memory_mib={phone: 850}")
+    assert line == "split.memory_mib: 'phone' is not a tier of split.tiers; use some of client, edge, cloud"
+
+
+def test_a_run_without_room_is_refused_before_anything_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 0)
+    out = tmp_path / "out"
+    refused = CliRunner().invoke(app, ["train", str(folder / "recipe.yaml"), "--output-dir", str(out)])
+    assert refused.exit_code == 2 and not out.exists()
+    assert re.match(r"memory of this machine: 0 MiB are free, and all roles in one process would take", refused.stderr)
 
 
 def test_noise_whose_price_nobody_can_work_out_is_refused_before_the_first_round(

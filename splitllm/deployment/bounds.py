@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from splitllm.model.lora import block_of, in_model
-from splitllm.model.memory import activation_bytes, recomputed_bytes, work_of
 from splitllm.preflight import Plan
 from splitllm.recipe import (
     Recipe,
@@ -27,21 +26,19 @@ from splitllm.recipe import (
     own_blocks,
     sharing,
     side_that_trains,
-    tenant_blocks,
     tier_of,
 )
 from splitllm.recipe.rounds import ONE_SHAPE, WITH_FROZEN, hides
+from splitllm.roles import under_way
 from splitllm.roles.checks import Allowed, Child
 from splitllm.roles.round_checks import RoundBounds
 from splitllm.roles.worker import TENANT
 from splitllm.wire.assembling import Limits
 from splitllm.wire.frames import aligned
 
-MIB = 2**20
 STATES = 4  # of an adapter tensor: itself, two moments, and a count of steps
 _WORDS = {32: torch.int32, 64: torch.int64}
 OF_MICRO_BATCH = 4  # tensors of its request
-INDEX_BYTES = 4
 
 
 def allowed(plan: Plan, name: str, client: int | None = None) -> Allowed:
@@ -149,25 +146,12 @@ def limits(plan: Plan) -> Limits:
 
 def micro_batch_bytes(plan: Plan) -> int:
     """Bytes of one micro-batch's request at most, whatever the codec."""
-    recipe = plan.recipe
-    tokens = recipe.train.batch_size * recipe.data.max_length
-    width = plan.config.hidden_size
-    return aligned(tokens * width * _itemsize(recipe)) + 3 * aligned(tokens * INDEX_BYTES)
+    return under_way.micro_batch_bytes(plan.recipe, plan.config)
 
 
 def in_flight(plan: Plan, name: str) -> int:
-    """Micro-batches that each client below a server may have under way at once.
-
-    The recipe's number, or fewer where `wire.memory_mib` would not hold their activations: each is held as its request,
-    as the server's own question or answer and, between forward and backward, as the graph of the server's blocks.
-    """
-    recipe = plan.recipe
-    start, stop = plan.role_bounds[name]
-    work = work_of(recipe, plan.modules, start, stop, own=tenant_blocks(recipe, plan.config.num_hidden_layers))
-    graph = activation_bytes(plan.config, work) + recomputed_bytes(plan.config, work)
-    held = 2 * micro_batch_bytes(plan) + graph
-    affordable = recipe.wire.memory_mib * MIB // (held * len(clients_below(recipe, name)))
-    return max(1, min(recipe.train.in_flight, affordable))
+    """Micro-batches that each client below a server may have under way at once; see `roles.under_way`."""
+    return under_way.in_flight(plan.recipe, plan.config, plan.modules, name)
 
 
 def _itemsize(recipe: Recipe) -> int:

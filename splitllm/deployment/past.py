@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from splitllm.deployment.footprint import gpu_mib, measured
 from splitllm.deployment.held import Held
 from splitllm.deployment.journal import Journal
 from splitllm.deployment.station import Station
@@ -54,6 +54,7 @@ class Past:
         scaled: Callable[[Tensors], Tensors] = lambda tensors: tensors,
     ) -> None:
         self.journal, self.worker, self._shares = journal, worker, sharing(station.recipe, station.name)
+        self._footprint = station.footprint
         self._values, self._put_back, self._speaks_for = values, put_back, speaks_for or worker
         self._held, self._lock, self._returns = held, threading.Lock(), 0
         self._exported, self._scaled = exported, scaled
@@ -70,6 +71,7 @@ class Past:
     def commit(self, step: int, generation: int) -> None:
         """Keep the state as it is after `step` steps, of which the last was this generation's."""
         self._keep(step, str(generation))
+        self._footprint.stepped(self._speaks_for)
 
     def committing(self, step: int, generation: int) -> Callable[[], None]:
         """The same in two parts: the state is taken now, and what is returned writes it, on any thread.
@@ -87,6 +89,7 @@ class Past:
                 if self._returns != returns:
                     raise RejoinError(f"step {step} was not committed: the run has gone back")
                 self.journal.write(step, state, about)
+            self._footprint.stepped(self._speaks_for)
 
         return write
 
@@ -126,9 +129,7 @@ class Past:
 
     def closing_words(self) -> dict[str, float]:
         """Memory of this process, and what its tensors took at most, in MiB."""
-        words = {"rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
-        if self.worker.device.type == "cuda":
-            words["gpu_mib"] = round(torch.cuda.max_memory_allocated(self.worker.device) / MIB, 1)
+        words = {"rss_mib": measured(), **gpu_mib(self.worker.device), **self._footprint.words()}
         if self._held is not None:
             words[COMMON_STEPS] = self._held.common.steps
         return words | {f"{HELD}{name}": round(size / MIB, 2) for name, size in self._speaks_for.peak().items()}

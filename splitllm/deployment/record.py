@@ -22,7 +22,7 @@ from splitllm.running.results import export, log_round, summary_of
 from splitllm.running.state import Totals
 
 logger = logging.getLogger(__name__)
-MEMORY = {"rss_mib": "peak_rss_mib", "gpu_mib": "peak_gpu_mib"}
+MEMORY = {"rss_mib": "peak_rss_mib", "gpu_mib": "peak_gpu_mib", "predicted_mib": "predicted_mib"}
 LOSSES = ("loss_before", "loss_after")
 
 

@@ -11,13 +11,15 @@ import torch
 
 from splitllm.deployment.above import Told
 from splitllm.deployment.bounds import limits
+from splitllm.deployment.footprint import Footprint, settle_allocator
 from splitllm.deployment.journal import Journal
 from splitllm.deployment.reach import WayUp
 from splitllm.deployment.secure import check_secure
 from splitllm.errors import RecipeError
 from splitllm.model.loading import Checkpoint
+from splitllm.model.machine import give_back
 from splitllm.model.shard import BUILDING
-from splitllm.preflight import Plan, prepare
+from splitllm.preflight import Plan, prepare, refuse_without_room
 from splitllm.recipe import Recipe, fingerprint, goes_by_lanes, parent_of, tier_of
 from splitllm.roles.assembly import Assembly, Site, coding_of, schedule_of
 from splitllm.roles.device import DeviceThread
@@ -87,6 +89,11 @@ class Station:
     def tier_name(self) -> str:
         """Name of its tier."""
         return list(self.recipe.split.tiers)[self.tier]
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        """What it takes of memory."""
+        return Footprint(self.plan.ledger.of(self.name))
 
     @cached_property
     def schedule(self) -> Callable[[int], float]:
@@ -192,10 +199,15 @@ def open_station(recipe: Recipe, options: Options, *, client: int | None) -> Sta
         raise RecipeError([f"train.processes: {recipe.train.processes} is for splitllm train; a role is one process"])
     wire = recipe.wire
     credentials = load_credentials(Path(wire.certificates), options.name) if wire.certificates is not None else None
+    settle_allocator(recipe, options.name)
     share_cores(recipe.train)
     threads = torch.get_num_threads()
     plan = prepare(recipe, data=client is not None, client=client)
+    refuse_without_room(plan, options.name)
     options.directory.mkdir(parents=True, exist_ok=True)
     world = open_world(recipe.train, options.directory)
     base = open_base(recipe, options.directory, world)
-    return Station(plan, options, world, base, credentials, DeviceThread(threads))
+    station = Station(plan, options, world, base, credentials, DeviceThread(threads))
+    station.footprint.announce()
+    give_back()  # what working that out has left
+    return station

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,12 @@ from splitllm.deployment.leash import Leash
 from splitllm.deployment.table import Overview, Screen
 from splitllm.errors import RecipeError, RunInterrupted
 from splitllm.metrics import human_bytes
-from splitllm.recipe import Recipe, command_of, goes_by_lanes, role_names
+from splitllm.recipe import Recipe, command_of, dump_recipe, goes_by_lanes, role_names
 from splitllm.running.interrupt import StopSignal
 from splitllm.running.places import adapter_folders, where_next
+
+WRONG = 2  # exit status of a command whose recipe is wrong
+REASON = re.compile(r"(memory of |[a-z_]+(\.[\w-]+)*: )")  # how its lines begin, and libraries' warnings do not
 
 
 def up(recipe: Recipe, directory: Path, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -50,6 +57,7 @@ def up(recipe: Recipe, directory: Path, *, resume: bool = False, console: Consol
     with held(directory):
         if not (directory / top / SUMMARY).exists():
             threads = recipe.train.threads or max(1, _cores() // sum(map(len, tiers)))
+            _check_room(recipe, console)
             _run(prepare(recipe, directory, threads), tiers, recipe, console, fresh=not resume)
         summary = collect(directory / top, directory)
     for line in _closing_lines(recipe, directory, summary):
@@ -79,6 +87,23 @@ def _run(deployment: Path, tiers: list[list[str]], recipe: Recipe, console: Cons
         )
 
 
+def _check_room(recipe: Recipe, console: Console) -> None:
+    """Say what all roles will hold, worked out in a process of its own, so that this one loads nothing.
+
+    Raises:
+        RecipeError: a role, or all of them on this machine, have no room.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(dump_recipe(recipe))
+        file.flush()
+        words = [sys.executable, "-m", "splitllm", "plan", file.name, "--memory", "--here"]
+        planned = subprocess.run(words, capture_output=True, text=True, check=False)
+    for line in planned.stdout.splitlines():
+        console.print(Text(line), soft_wrap=True)
+    if planned.returncode == WRONG:
+        raise RecipeError([line for line in planned.stderr.splitlines() if REASON.match(line)])
+
+
 def _child(deployment: Path, command: str, name: str, leash: Leash) -> Child:
     directory = deployment.parent
     words = [sys.executable, "-m", "splitllm", command, str(deployment), "--name", name]
@@ -98,12 +123,18 @@ def _closing_lines(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> 
     for role, held_mib in summary["held_mib"].items():
         parts = ", ".join(f"{name} {value:.1f}" for name, value in held_mib.items())
         lines.append(f"peak memory of {role}: {sum(held_mib.values()):.1f} MiB of tensors ({parts})")
-    resident = ", ".join(f"{name} {value:.0f} MiB" for name, value in summary["peak_rss_mib"].items())
+    resident = ", ".join(_resident(name, summary) for name in summary["peak_rss_mib"])
     return [
         *lines,
         f"peak resident memory: {resident}",
         *where_next(recipe, directory, base),
     ]
+
+
+def _resident(name: str, summary: Mapping[str, Any]) -> str:
+    predicted = summary.get("predicted_mib", {}).get(name)
+    beside = "" if predicted is None else f" ({predicted:.0f} predicted)"
+    return f"{name} {summary['peak_rss_mib'][name]:.0f} MiB{beside}"
 
 
 def _cores() -> int:

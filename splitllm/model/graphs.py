@@ -8,8 +8,8 @@ what the second did.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -80,9 +80,34 @@ def bytes_by_block(config: PreTrainedConfig, work: Work) -> tuple[int, ...]:
     return _by_block(config.to_json_string(), type(config).from_dict, work) if work.start < work.stop else ()
 
 
-@lru_cache(maxsize=256)
-def _by_block(config_json: str, from_dict: Callable[..., Any], work: Work) -> tuple[int, ...]:
-    config = from_dict(json.loads(config_json))
+@dataclass(frozen=True)
+class Stage:
+    """Blocks without contents that stand for all blocks of a work, inside PyTorch's fake tensors.
+
+    Attributes:
+        shard: has these blocks, and those of no other layer.
+        calls: layer -> what the model calls its block with beside the hidden states.
+        weights: all weights and adapters.
+        stands_for: layer of the work -> that of the block which keeps as much.
+    """
+
+    shard: Shard
+    calls: Mapping[int, Call]
+    weights: Sequence[nn.Parameter]
+    stands_for: Mapping[int, int]
+
+    def run(self, layer: int, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        """One block."""
+        layout, (args, kwargs) = self.shard.layout, self.calls[layer]
+        out_BSD: torch.Tensor = getattr(getattr(self.shard.model, layout.base), layout.blocks)[layer](
+            hidden_BSD, *args, **kwargs
+        )
+        return out_BSD
+
+
+@contextmanager
+def staged(config: PreTrainedConfig, work: Work) -> Iterator[Stage]:
+    """Build what stands for the blocks of a work, and stay among fake tensors meanwhile."""
     model, layout = meta_model(config, work.dtype, work.attention), layout_of(config)
     slots: nn.ModuleList = getattr(getattr(model, layout.base), layout.blocks)
     kinds = _kinds(config, slots, work)
@@ -97,8 +122,27 @@ def _by_block(config_json: str, from_dict: Callable[..., Any], work: Work) -> tu
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         faked = {layer: tree_map_only(torch.Tensor, mode.from_tensor, calls[layer]) for layer in layers}
         weights = _with_tenants(shard.to_empty(device="cpu"), work, layers)
-        kept = _kept(shard, faked, weights, work)
-    return tuple(kept[layer if layer == first[kind] else second[kind]] for layer, kind in kinds.items())
+        stands_for = {layer: layer if layer == first[kind] else second[kind] for layer, kind in kinds.items()}
+        yield Stage(shard, faked, weights, stands_for)
+
+
+def inputs_of(config: PreTrainedConfig, work: Work) -> torch.Tensor:
+    """Hidden states below the lowest block, of all tenants that are taken to be in the batch."""
+    hidden_BSD = torch.empty(work.rows * _tenants(work), work.length, config.hidden_size, dtype=work.dtype)
+    return hidden_BSD.requires_grad_(any(block_of(config, name) < work.start for name in work.modules))
+
+
+def precision(work: Work) -> AbstractContextManager[object]:
+    """The context of its forward."""
+    return torch.autocast("cpu", torch.bfloat16) if work.mixed else nullcontext()
+
+
+@lru_cache(maxsize=256)
+def _by_block(config_json: str, from_dict: Callable[..., Any], work: Work) -> tuple[int, ...]:
+    config = from_dict(json.loads(config_json))
+    with staged(config, work) as stage:
+        kept = _kept(stage, inputs_of(config, work), work)
+    return tuple(kept[stand_in] for stand_in in stage.stands_for.values())
 
 
 def _kinds(config: PreTrainedConfig, slots: nn.ModuleList, work: Work) -> dict[int, Kind]:
@@ -188,11 +232,10 @@ def _with_tenants(shard: Shard, work: Work, layers: Sequence[int]) -> list[nn.Pa
     return [*shard.parameters(), *adapters]
 
 
-def _kept(shard: Shard, calls: Mapping[int, Call], weights: Sequence[nn.Parameter], work: Work) -> dict[int, int]:
+def _kept(stage: Stage, hidden_BSD: torch.Tensor, work: Work) -> dict[int, int]:
     """Layer -> what its block adds, where these layers run one after another."""
-    config, tenants = shard.model.config, _tenants(work)
-    slots = getattr(getattr(shard.model, shard.layout.base), shard.layout.blocks)
-    apart = {parameter.untyped_storage()._cdata for parameter in weights}
+    tenants = _tenants(work)
+    apart = {parameter.untyped_storage()._cdata for parameter in stage.weights}
     saved: WeakSet[_Saved] = WeakSet()
 
     def keep(tensor: torch.Tensor) -> _Saved:
@@ -204,12 +247,9 @@ def _kept(shard: Shard, calls: Mapping[int, Call], weights: Sequence[nn.Paramete
         storages = {handle.storage._cdata: handle.storage.nbytes() for handle in saved}
         return sum(size for storage, size in storages.items() if storage not in apart)
 
-    autocast = torch.autocast("cpu", torch.bfloat16) if work.mixed else nullcontext()
-    hidden_BSD = torch.empty(work.rows * tenants, work.length, config.hidden_size, dtype=work.dtype)
-    hidden_BSD.requires_grad_(any(block_of(config, name) < work.start for name in work.modules))
-    kept, before = {}, 0
-    with torch.enable_grad(), autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda handle: handle.tensor):
-        for layer, (args, kwargs) in calls.items():
-            hidden_BSD = slots[layer](hidden_BSD, *args, **kwargs)
+    kept, before, hooks = {}, 0, torch.autograd.graph.saved_tensors_hooks(keep, lambda handle: handle.tensor)
+    with torch.enable_grad(), precision(work), hooks:
+        for layer in stage.calls:
+            hidden_BSD = stage.run(layer, hidden_BSD)
             kept[layer], before = (held() - before) // tenants, held()
     return kept

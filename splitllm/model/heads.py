@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits held at once
 
 
+def logits_bytes(config: PreTrainedConfig, positions: int, dtype: torch.dtype) -> int:
+    """What the loss of so many positions holds at once: of one chunk the logits, their logarithms and its gradient.
+
+    Args:
+        config: of the whole text model.
+        positions: with a label, of one micro-batch.
+        dtype: of the weights.
+    """
+    vocabulary, wide = int(config.vocab_size), max(4, dtype.itemsize)
+    limit = max(1, CHUNK_BYTES // (vocabulary * wide))
+    rows = math.ceil(positions / math.ceil(positions / limit)) if positions else 0
+    in_half = dtype.itemsize < wide
+    return rows * vocabulary * (2 * dtype.itemsize + 2 * wide if in_half else 2 * wide)
+
+
 class Head(nn.Module):
     """Final norm and output projection, frozen; a tied projection is a copy of the embedding table.
 

@@ -1,7 +1,7 @@
 """What a role and each of its tenants will hold, in bytes, before anything is loaded.
 
 Weights, adapters and optimisers follow from shapes; what a micro-batch keeps for its backward is found by
-`splitllm.model.graphs`. Not counted: buffers, a head's chunk of logits, and scratch memory of kernels and optimiser.
+`splitllm.model.graphs`. Not counted: buffers, and what is in `roles.ledger` only, such as a head's chunk of logits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from splitllm.model.shard import meta_model
 from splitllm.recipe import LoraRecipe, Recipe, client_cuts, lora_of, own_blocks, role_bounds, tenant_blocks, tier_of
 
 STEP_BYTES = 4  # AdamW counts the steps of each tensor in fp32
-OPTIMIZER_BYTES: dict[str, Callable[[int, int], int]] = {"adamw": lambda held, tensors: 2 * held + STEP_BYTES * tensors}
+OPTIMIZER_BYTES: dict[str, Callable[[int, int], int]] = {
+    "adamw": lambda held, tensors: 2 * held + STEP_BYTES * tensors,
+    "sgd": lambda held, tensors: 0,
+}
 """Optimiser -> its state from the first step on, given the adapter's bytes and its number of tensors."""
 CROSSING = 4  # hidden states in and out, and the gradient of each
 
@@ -54,7 +57,15 @@ class Price:
         return sum(astuple(self))
 
 
-def role_price(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], name: str) -> Price:
+def role_price(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    modules: Sequence[str],
+    name: str,
+    *,
+    rows: int | None = None,
+    in_flight: int | None = None,
+) -> Price:
     """What a role holds: a server before it has any tenant, a client with its own micro-batches.
 
     Args:
@@ -62,24 +73,20 @@ def role_price(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str],
         config: of the whole text model.
         modules: global names of the modules that LoRA adapts.
         name: of the role.
+        rows: of a client's micro-batch; None for the recipe's batch size.
+        in_flight: its micro-batches between forward and backward; None for the recipe's.
 
     Raises:
         RecipeError: `split.tiers` has no such role.
     """
     (tier, index), layers = tier_of(recipe, name), config.num_hidden_layers
-    start, stop = role_bounds(recipe, layers)[name]
-    head = tier == (0 if recipe.split.labels == "client" else len(recipe.split.tiers) - 1)
-    weights = shard_bytes(config, start, stop, head, _dtype_of(recipe))
+    held = role_holding(recipe, config, modules, name)
     if tier > 0:
-        shared = [module for module in modules if block_of(config, module) not in own_blocks(recipe, layers)]
-        trained = _trained(recipe, recipe.lora, config, shared, start, stop)
-        published = tenant_blocks(recipe, layers) != own_blocks(recipe, layers)
-        return replace(trained, weights=weights, adapter=(1 + published) * trained.adapter)
-    lora, held = lora_of(recipe, index), recipe.train.in_flight
-    graphs = _graphs(config, replace(work_of(recipe, modules, start, stop), lora=lora), held)
-    crossing = (stop < layers) * CROSSING // 2 * _hidden_bytes(recipe, config, None, None)
-    trained = _trained(recipe, lora, config, modules, start, stop)
-    return replace(trained, weights=weights, activations=graphs, messages=held * crossing)
+        return held
+    (start, stop), under_way = role_bounds(recipe, layers)[name], in_flight or recipe.train.in_flight
+    work = replace(work_of(recipe, modules, start, stop, rows=rows), lora=lora_of(recipe, index))
+    crossing = (stop < layers) * CROSSING // 2 * hidden_bytes(recipe, config, rows, None)
+    return replace(held, activations=_graphs(config, work, under_way), messages=under_way * crossing)
 
 
 def tenant_price(
@@ -108,23 +115,52 @@ def tenant_price(
     Raises:
         RecipeError: `split.tiers` has no such server.
     """
+    layers, lora = config.num_hidden_layers, lora_of(recipe, client)
+    entry, stop = _entry(recipe, layers, server, client), role_bounds(recipe, layers)[server][1]
+    alone = tenant_blocks(recipe, layers)
+    work = work_of(recipe, modules, entry, stop, rows=rows, length=length, own=alone)
+    return replace(
+        tenant_holding(recipe, config, modules, server, client),
+        activations=_graphs(config, replace(work, lora=lora), in_flight),
+        messages=in_flight * CROSSING * hidden_bytes(recipe, config, rows, length),
+    )
+
+
+def tenant_holding(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], server: str, client: int) -> Price:
+    """What of `tenant_price` does not depend on its micro-batches: its adapter, gradients and optimiser."""
     tier_of(recipe, server)
     layers, lora = config.num_hidden_layers, lora_of(recipe, client)
     own, alone = own_blocks(recipe, layers), tenant_blocks(recipe, layers)
-    start, stop = role_bounds(recipe, layers)[server]
-    entry = max(start, client_cuts(recipe)[client])
+    entry, stop = _entry(recipe, layers, server, client), role_bounds(recipe, layers)[server][1]
     mine = [name for name in modules if block_of(config, name) in own]
     copied = [name for name in modules if block_of(config, name) in alone and name not in mine]
-    work = work_of(recipe, modules, entry, stop, rows=rows, length=length, own=alone)
     trained = _trained(recipe, lora, config, mine, entry, stop)
-    copy = adapter_bytes(config, recipe.lora, copied, entry, stop, _dtype_of(recipe))
-    return replace(
-        trained,
-        adapter=trained.adapter + copy,
-        gradients=trained.gradients + copy,
-        activations=_graphs(config, replace(work, lora=lora), in_flight),
-        messages=in_flight * CROSSING * _hidden_bytes(recipe, config, rows, length),
-    )
+    copy = adapter_bytes(config, recipe.lora, copied, entry, stop, dtype_of(recipe))
+    return replace(trained, adapter=trained.adapter + copy, gradients=trained.gradients + copy)
+
+
+def role_holding(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], name: str) -> Price:
+    """What of `role_price` does not depend on micro-batches: weights, adapter, gradients and optimiser."""
+    (tier, index), layers = tier_of(recipe, name), config.num_hidden_layers
+    start, stop = role_bounds(recipe, layers)[name]
+    weights = role_weights(recipe, config, name)
+    if tier == 0:
+        return replace(_trained(recipe, lora_of(recipe, index), config, modules, start, stop), weights=weights)
+    shared = [module for module in modules if block_of(config, module) not in own_blocks(recipe, layers)]
+    trained = _trained(recipe, recipe.lora, config, shared, start, stop)
+    published = tenant_blocks(recipe, layers) != own_blocks(recipe, layers)
+    return replace(trained, weights=weights, adapter=(1 + published) * trained.adapter)
+
+
+def role_weights(recipe: Recipe, config: PreTrainedConfig, name: str) -> int:
+    """The frozen weights of a role's shard."""
+    start, stop = role_bounds(recipe, config.num_hidden_layers)[name]
+    return shard_bytes(config, start, stop, has_head(recipe, tier_of(recipe, name)[0]), dtype_of(recipe))
+
+
+def _entry(recipe: Recipe, layers: int, server: str, client: int) -> int:
+    """The block at which a client enters a server."""
+    return max(role_bounds(recipe, layers)[server][0], client_cuts(recipe)[client])
 
 
 def work_of(
@@ -145,13 +181,18 @@ def work_of(
         stop=stop,
         rows=rows or recipe.train.batch_size,
         length=length or recipe.data.max_length,
-        dtype=_dtype_of(recipe),
+        dtype=dtype_of(recipe),
         attention=recipe.model.attention,
         checkpointing=recipe.train.activation_checkpointing,
         packed=recipe.data.pack,
         mixed=recipe.train.mixed_precision is not None,
         own=own,
     )
+
+
+def has_head(recipe: Recipe, tier: int) -> bool:
+    """Whether a tier, by its number from the bottom, has the final norm, the output projection and the loss."""
+    return tier == (0 if recipe.split.labels == "client" else len(recipe.split.tiers) - 1)
 
 
 def activation_bytes(config: PreTrainedConfig, work: Work) -> int:
@@ -195,16 +236,16 @@ def _graphs(config: PreTrainedConfig, work: Work, in_flight: int) -> int:
     return in_flight * activation_bytes(config, work) + recomputed_bytes(config, work)
 
 
-def _hidden_bytes(recipe: Recipe, config: PreTrainedConfig, rows: int | None, length: int | None) -> int:
+def hidden_bytes(recipe: Recipe, config: PreTrainedConfig, rows: int | None = None, length: int | None = None) -> int:
     """The hidden states of one micro-batch."""
     tokens: int = (rows or recipe.train.batch_size) * (length or recipe.data.max_length)
-    return tokens * int(config.hidden_size) * _dtype_of(recipe).itemsize
+    return tokens * int(config.hidden_size) * dtype_of(recipe).itemsize
 
 
 def _trained(
     recipe: Recipe, lora: LoraRecipe, config: PreTrainedConfig, modules: Sequence[str], start: int, stop: int
 ) -> Price:
-    adapter = adapter_bytes(config, lora, modules, start, stop, _dtype_of(recipe))
+    adapter = adapter_bytes(config, lora, modules, start, stop, dtype_of(recipe))
     tensors = len(_shapes(config, lora, modules, start, stop))
     optimizer = OPTIMIZER_BYTES[recipe.train.optimizer.name](adapter, tensors)
     return Price(adapter=adapter, gradients=adapter, optimizer=optimizer)
@@ -213,15 +254,21 @@ def _trained(
 def _shapes(
     config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str], start: int, stop: int
 ) -> list[torch.Size]:
-    shapes = _adapter_shapes(*_key(config), lora.model_dump_json(), tuple(modules)) if modules else {}
+    shapes = shapes_of(config, lora, modules)
     return [shape for name, shape in shapes.items() if start <= block_of(config, in_model(name)) < stop]
+
+
+def shapes_of(config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str]) -> dict[str, torch.Size]:
+    """The tensors of an adapter of the whole model, by their names in an adapter file."""
+    return _adapter_shapes(*_key(config), lora.model_dump_json(), tuple(modules)) if modules else {}
 
 
 def _key(config: PreTrainedConfig) -> tuple[str, Callable[..., Any]]:
     return config.to_json_string(), type(config).from_dict
 
 
-def _dtype_of(recipe: Recipe) -> torch.dtype:
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """That of a recipe's weights."""
     dtype: torch.dtype = getattr(torch, recipe.model.dtype)
     return dtype
 

@@ -17,6 +17,7 @@ LOCAL_KEYS = frozenset(
     {
         *("model.base", "model.tokenizer", "lora.start_from"),
         *("data.source", "data.eval", "data.fields", "data.limit"),
+        "split.memory_mib",
         *("train.threads", "train.checkpoint_every", "train.keep", "train.log_every", "train.trackers"),
         *("train.verify_adapter", "wire.addresses", "wire.certificates", "wire.memory_mib", "wire.keepalive"),
         *("server.quota.tokens_per_second", "server.quota.bytes_per_second", "server.tenants"),

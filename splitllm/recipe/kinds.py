@@ -130,6 +130,7 @@ ClientCuts = Annotated[
     dict[str, Annotated[int, Strict(), Field(ge=1), _allows("a block number of at least 1")]],
     _mapping("a mapping of clients to block numbers, such as {client-1: 4}"),
 ]
+Limits = Annotated[dict[str, Count], _mapping("a mapping of tiers to MiB, such as {client: 850, edge: 8192}")]
 Tiers = Annotated[dict[str, int], BeforeValidator(_tiers)]
 TierNames = Annotated[tuple[Text, ...], Field(min_length=1), _allows("a list of tier names, such as [edge, cloud]")]
 Targets = Annotated[

@@ -83,6 +83,10 @@ def _split_misfits(split: SplitRecipe, lora: LoraRecipe) -> Iterator[Misfit]:
         advice = f"{len(split.tiers)} tiers ({names}) need {wanted} cut{'' if wanted == 1 else 's'}"
         yield ("split.cuts", "split.tiers"), f"split.cuts: {list(split.cuts)} has {len(split.cuts)}; {advice}"
     yield from _client_cut_misfits(split, lora)
+    for name in split.memory_mib:
+        if name not in split.tiers:
+            keys = ("split.memory_mib", "split.tiers")
+            yield keys, f"split.memory_mib: {name!r} is not a tier of split.tiers; use some of {names}"
     for name in lora.tiers or ():
         if name not in split.tiers:
             keys = ("lora.tiers", "split.tiers")

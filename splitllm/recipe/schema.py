@@ -19,6 +19,7 @@ from splitllm.recipe.kinds import (
     Fraction,
     Intervals,
     Length,
+    Limits,
     Mapping,
     MixedPrecision,
     NonNegative,
@@ -37,10 +38,13 @@ from splitllm.recipe.kinds import (
     Trackers,
 )
 from splitllm.recipe.misfits import covered, misfits
+from splitllm.recipe.roles import find_role
 
 Rule = Literal[
     "fedavg", "fedex", "flora", "ffa", "rolora", "flexlora", "hetlora", "trimmed_mean", "median"
 ]  # as in `federated.aggregate.RULES`
+
+MIB = 2**20
 
 
 class Section(BaseModel):
@@ -72,12 +76,14 @@ class ModelRecipe(Section):
 class SplitRecipe(Section):
     """Where the model is cut: tiers bottom-up with their counts, the first block of each tier above the bottom one.
 
-    `client_cuts` are the first blocks above single clients, where they are not the first of `cuts`.
+    `client_cuts` are the first blocks above single clients, where they are not the first of `cuts`. `memory_mib` is
+    what a process of a tier may take, imports and all, in MiB.
     """
 
     tiers: Tiers = Field(description="tiers bottom-up with their counts, such as {client: 4, edge: 2, cloud: 1}")
     cuts: Cuts = ()
     client_cuts: ClientCuts = Field(default_factory=dict)
+    memory_mib: Limits = Field(default_factory=dict)
     labels: Literal["client", "cloud"] = Field(description="client (target token ids stay) or cloud (they leave)")
 
 
@@ -313,6 +319,12 @@ class Recipe(Section):
     server: ServerRecipe = Field(default_factory=ServerRecipe)
     rounds: RoundsRecipe = Field(default_factory=RoundsRecipe)
     wire: WireRecipe = Field(default_factory=WireRecipe)
+
+    def memory_of(self, name: str) -> int | None:
+        """Bytes that the process of a role may take; None: as many as there are."""
+        found = find_role(self.split.tiers, name)
+        limit = None if found is None else self.split.memory_mib.get(list(self.split.tiers)[found[0]])
+        return None if limit is None else limit * MIB
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Recipe:

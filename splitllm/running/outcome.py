@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import resource
 from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import blake2b
@@ -20,15 +19,18 @@ from splitllm.errors import CheckpointError, RecipeError
 from splitllm.metrics import human_bytes, replace_text
 from splitllm.model.export import PlainBatch, unsplit_model, whole_model_loss, with_adapter
 from splitllm.model.loading import Checkpoint
+from splitllm.model.machine import peak_bytes
 from splitllm.recipe import Recipe, changed_keys, dump_recipe, load_recipe, what_leaves_the_device
 from splitllm.roles.adapters import DTYPES
 from splitllm.roles.participation import HISTORY
 from splitllm.running.base import BASE, BASE_UNFINISHED, base_folder, is_drawn
+from splitllm.running.memory import AFTER_STEPS, compared, mib_of, total_mib
 from splitllm.running.places import ADAPTER, adapter_folders, where_next
 from splitllm.running.results import export, summary_of
 from splitllm.running.state import Run, Totals
 
 HARMLESS = (
+    "split.memory_mib:",
     *(f"train.{key}:" for key in ("keep", "log_every", "trackers", "checkpoint_every", "eval_every", "verify_adapter")),
     *(f"wire.{key}:" for key in ("addresses", "certificates", "memory_mib", "keepalive", "absent", "drop_after")),
 )
@@ -208,22 +210,43 @@ def _mean(sums: Sequence[tuple[float, int]]) -> float:
 
 
 def _peak_memory(run: Run) -> dict[str, Any]:
-    """Resident and GPU memory of each process, and what each role's tensors took at most, in MiB."""
-    rss = [0.0] * run.world.size
-    gpu = [0.0] * run.world.size
-    rss[run.world.rank] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Resident and GPU memory of each process, predicted and at most, and what each role's tensors took, in MiB."""
+    rss, gpu = _of_all_processes(run, peak_bytes()), 0
     if run.world.device.type == "cuda":
-        gpu[run.world.rank] = torch.cuda.max_memory_allocated(run.world.device) / MIB
+        gpu = torch.cuda.max_memory_allocated(run.world.device)
     held = {
         role: {name: round(value / MIB, 2) for name, value in worker.peak().items()}
         for workers in run.roles.workers.values()
         for role, worker in workers.items()
     }
     return {
-        "peak_rss_mib": _by_process(run.world.sum_numbers(rss)),
-        "peak_gpu_mib": _by_process(run.world.sum_numbers(gpu)),
+        "peak_rss_mib": _by_process(rss),
+        "peak_gpu_mib": _by_process(_of_all_processes(run, gpu)),
+        "predicted_mib": {"all processes": total_mib(run.plan.ledger.together)},
         "held_mib": held,
     }
+
+
+def measure(run: Run) -> None:
+    """Tell what the run takes, and what was predicted: of a GPU what lies there, else what is resident."""
+    if run.step != min(AFTER_STEPS, run.recipe.train.steps):
+        return
+    on_gpu, predicted = run.world.device.type == "cuda", run.plan.ledger.together
+    found = torch.cuda.max_memory_allocated(run.world.device) if on_gpu else peak_bytes()
+    measured = sum(_of_all_processes(run, found))
+    expected = (predicted.on_device if on_gpu else predicted.total) / MIB
+    parts = mib_of(predicted)
+    run.metrics.log(
+        "memory", step=run.step, predicted_mib=round(expected, 1), measured_mib=round(measured, 1), parts_mib=parts
+    )
+    run.metrics.say(f"memory after {run.step} steps: {compared(expected, measured)}")
+
+
+def _of_all_processes(run: Run, size: float) -> list[float]:
+    """In MiB."""
+    sizes = [0.0] * run.world.size
+    sizes[run.world.rank] = size / MIB
+    return run.world.sum_numbers(sizes)
 
 
 def _by_process(values: list[float]) -> dict[str, float]:
@@ -247,7 +270,9 @@ def _closing_lines(run: Run, summary: dict[str, Any]) -> list[str]:
     for role, held in summary["held_mib"].items():
         parts = ", ".join(f"{name} {value:.1f}" for name, value in held.items())
         lines.append(f"peak memory of {role}: {sum(held.values()):.1f} MiB of tensors ({parts})")
+    [predicted] = summary["predicted_mib"].values()
     lines.append(
         f"peak resident memory: {', '.join(f'{name} {v:.0f} MiB' for name, v in summary['peak_rss_mib'].items())}"
+        f" ({predicted:.0f} predicted)"
     )
     return lines + where_next(run.recipe, directory, base)

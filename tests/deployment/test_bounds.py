@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from splitllm.deployment.bounds import MIB, allowed, in_flight, limits, micro_batch_bytes
+from splitllm.deployment.bounds import allowed, in_flight, limits, micro_batch_bytes
 from splitllm.model.memory import activation_bytes, work_of
 from splitllm.model.trainable import Trainable
+from splitllm.policy.admission import MIB
 from splitllm.recipe import role_names
 from splitllm.wire.codecs import codec, pack
 from splitllm.wire.frames import payload_bytes

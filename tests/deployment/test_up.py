@@ -24,6 +24,7 @@ SUMMARY = {
     "wire_bytes_down": 2**21,
     "held_mib": {"client-0": {"weights": 3.25, "adapter and optimiser": 0.75}},
     "peak_rss_mib": {"client-0": 470.4, "cloud": 464.0},
+    "predicted_mib": {"client-0": 480.0},
 }
 
 
@@ -48,7 +49,7 @@ def test_a_complete_run_is_told_again_and_nothing_is_started(tmp_path: Path) -> 
         "held-out loss: 4.2500 before, 3.5000 after (split run)",
         "over the wire: 1.0 MiB up, 2.0 MiB down; 8000 tokens at 2000 tokens/s",
         "peak memory of client-0: 4.0 MiB of tensors (weights 3.2, adapter and optimiser 0.8)",
-        "peak resident memory: client-0 470 MiB, cloud 464 MiB",
+        "peak resident memory: client-0 470 MiB (480 predicted), cloud 464 MiB",
         f"adapter: {out / 'adapter'}",
         f"next: peft.PeftModel.from_pretrained(base_model, {str(out / 'adapter')!r}), or",
         f"      splitllm merge {out / 'adapter'} --base the-base --output-dir {out / 'merged'}",
@@ -59,3 +60,12 @@ def test_a_complete_run_is_told_again_and_nothing_is_started(tmp_path: Path) -> 
 def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no run; start it without --resume"):
         up(load_recipe(QUICKSTART), tmp_path / "up", resume=True)
+
+
+@pytest.mark.system
+def test_what_cannot_fit_is_refused_before_anything_is_written_or_started(tmp_path: Path) -> None:
+    file, recipe = io.StringIO(), load_recipe(QUICKSTART, ["split.memory_mib={edge: 100}", "train.batch_size=64"])
+    with pytest.raises(RecipeError, match=r"^split\.memory_mib\.edge: 100 MiB do not hold edge-0, which takes"):
+        up(recipe, tmp_path / "up", console=Console(file=file, width=200))
+    assert "client x4" in file.getvalue()
+    assert not list((tmp_path / "up").glob("*.log")) and not (tmp_path / "up" / "cloud").exists()

@@ -114,6 +114,7 @@ LOCAL = {  # and of every key that may differ
     "wire.addresses": {"cloud": "h:1"},
     "wire.certificates": "/other",
     "wire.memory_mib": 5,
+    "split.memory_mib": {"client": 850},
     "wire.keepalive": 5.0,
     "server.quota.tokens_per_second": 5.0,
     "server.quota.bytes_per_second": 5.0,

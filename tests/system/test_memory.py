@@ -28,6 +28,21 @@ def measured(folder: Path, *cases: str) -> dict[str, dict[str, float]]:
     return figures
 
 
+def test_a_client_of_a_gemma_2b_sized_model_fits_a_phone(tmp_path: Path) -> None:
+    """A real `splitllm client` with a table of 256,000 x 2,048, one block with LoRA, bf16, micro-batches of 1 x 128."""
+    command = [sys.executable, str(ROOT / "scripts" / "bench_roles.py"), "--json", "--folder", str(tmp_path), "client"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    client, imports = figures["client"]["client"], figures["interpreter"]["imports"]
+    sys.stdout.write(f"client: {client['measured'] / MIB:.0f} MiB, its imports {imports / MIB:.0f} MiB\n")
+    assert client["measured"] <= 850 * MIB
+    assert client["measured"] - imports <= 350 * MIB
+    assert client["heavy_imports"] == 0, "neither datasets nor deepspeed"
+    for role in figures["client"].values():
+        assert abs(role["predicted"] / role["measured"] - 1) <= 0.15
+
+
 def assert_middle_shard(case: dict[str, float]) -> None:
     """Peak growth by load and step: at most 1.1 x the shard's bytes plus its activations; nothing mapped."""
     assert case["checkpoint"] >= 1e9

@@ -1,0 +1,377 @@
+"""The ledger of a recipe: what every role will hold in memory, part by part, before anything is loaded.
+
+Exact are weights, adapters and optimisers, which follow from shapes, and what graphs keep (`model/graphs.py`).
+Messages, rounds and what is being written are what they are at most, each micro-batch as long as the recipe allows.
+What the allocator leaves unused was measured (docs/benchmarks/memory.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+from transformers import PreTrainedConfig
+
+from splitllm.model.graphs import Work
+from splitllm.model.heads import logits_bytes
+from splitllm.model.lora import block_of
+from splitllm.model.machine import gives_back
+from splitllm.model.memory import (
+    activation_bytes,
+    adapter_bytes,
+    dtype_of,
+    has_head,
+    hidden_bytes,
+    recomputed_bytes,
+    role_holding,
+    tenant_holding,
+    work_of,
+)
+from splitllm.model.passing import passing_bytes
+from splitllm.policy.admission import MIB
+from splitllm.recipe import (
+    Recipe,
+    children_of,
+    client_cuts,
+    clients_below,
+    holders,
+    lora_of,
+    parent_of,
+    role_bounds,
+    role_names,
+    tenant_blocks,
+    tier_of,
+)
+from splitllm.roles.admission import Admission, admissions
+from splitllm.roles.round_ledger import RoundsHeld, rounds_held
+from splitllm.roles.under_way import at_once
+from splitllm.wire.codecs import codec
+
+HOLES, MOST_HOLES = 2.0, 512 * MIB
+"""What glibc leaves unused between tensors: as a multiple of what one block has alive 1.0 to 2.2 were measured, and at
+most 421 MiB, as blocks beyond 32 MiB lie apart."""
+WRITTEN = 3
+"""Copies of its state that a role has while it writes its journal."""
+FEEDBACK_ITEM = 2  # bytes of a number that error feedback remembers, twice
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes that one process holds, by what they are for.
+
+    Attributes:
+        process: the interpreter with all its imports, and what the checks have left.
+        weights: frozen.
+        adapters: what trains, also of a server's clients.
+        gradients: of the step.
+        optimizer: its state.
+        activations: what graphs keep between forward and backward.
+        scratch: what one block needs for a moment.
+        allocator: what it leaves unused, on a CPU.
+        logits: one chunk of them, of a role with the head.
+        embeddings: rows of the table, of a client.
+        messages: what arrives, waits to be sent or is kept until it has arrived; and what codecs carry on.
+        rounds: anchors, what is frozen beside weights, what was handed out, and values of a round.
+        journal: what is being written of the last step.
+    """
+
+    process: int = 0
+    weights: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    scratch: int = 0
+    allocator: int = 0
+    logits: int = 0
+    embeddings: int = 0
+    messages: int = 0
+    rounds: int = 0
+    journal: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, part) for part in PARTS)
+
+    @property
+    def on_device(self) -> int:
+        """Of a role that computes on a device with memory of its own, what lies there."""
+        return self.total - self.process - self.messages - self.journal - self.allocator
+
+
+PARTS = tuple(part.name for part in fields(Parts))
+
+
+class Ledger:
+    """What the roles of a recipe will hold; worked out when it is asked for.
+
+    Args:
+        recipe: as it was resolved.
+        config: of the whole text model.
+        modules: global names of the modules that LoRA adapts.
+        process: bytes of an interpreter with the imports of a role.
+
+    Attributes:
+        process: the same.
+    """
+
+    def __init__(self, recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], process: int) -> None:
+        self.process = process
+        self._book = _Book(recipe, config, tuple(modules), admissions(recipe, config, modules))
+        self._names = {name: tier for tier, names in role_names(recipe).items() for name in names}
+        self._found: dict[str, Parts] = {}
+
+    def of(self, name: str) -> Parts:
+        """One role as a process of its own."""
+        if name not in self._found:
+            self._found[name] = replace(self._book.role(name), process=self.process)
+        return self._found[name]
+
+    def roles(self) -> dict[str, Parts]:
+        """Every role as a process of its own, bottom up."""
+        return {name: self.of(name) for name in self._names}
+
+    def alike(self) -> list[tuple[str, list[str], Parts]]:
+        """Tier, roles and what each of them holds, of roles that hold as much."""
+        found: dict[tuple[str, Parts], list[str]] = {}
+        for name, tier in self._names.items():
+            found.setdefault((tier, self.of(name)), []).append(name)
+        return [(tier, names, parts) for (tier, parts), names in found.items()]
+
+    @cached_property
+    def together(self) -> Parts:
+        """All roles in one process, as in `splitllm train`; of several such processes all together."""
+        processes = self._book.recipe.train.processes
+        return replace(self._book.together(), process=processes * self.process)
+
+    @property
+    def apart(self) -> int:
+        """Bytes of all roles as processes on one machine, as in `splitllm up`."""
+        return sum(parts.total for parts in self.roles().values())
+
+
+@dataclass
+class _Book:
+    """Works out the parts."""
+
+    recipe: Recipe
+    config: PreTrainedConfig
+    modules: tuple[str, ...]
+    admissions: dict[str, Admission]
+
+    # One role as a process.
+
+    def role(self, name: str) -> Parts:
+        """All but the process."""
+        parts = self._held(name)
+        works = {self._work(name, client) for client in self._clients(name)}
+        return replace(
+            parts,
+            activations=self._graphs(name),
+            scratch=max(self._passing(work) for work in works),
+            allocator=0 if self.recipe.memory_of(name) is not None else self._holes(works),
+            logits=self._logits(name),
+            embeddings=self._embeddings(name),
+            messages=max(self._micro_batches(name), self._sums(name)) + self._feedback(name),
+            journal=WRITTEN * (parts.adapters + parts.optimizer + self._rounds(name).anchors),
+            rounds=self._rounds(name).total,
+        )
+
+    def _held(self, name: str) -> Parts:
+        """Weights, adapters, their gradients and optimisers."""
+        price = role_holding(self.recipe, self.config, self.modules, name)
+        adapters, gradients, optimizer = price.adapter, price.gradients, price.optimizer
+        for client in self._tenants(name):
+            own = tenant_holding(self.recipe, self.config, self.modules, name, client)
+            adapters, gradients = adapters + own.adapter, gradients + own.gradients
+            optimizer += own.optimizer
+        return Parts(weights=price.weights, adapters=adapters, gradients=gradients, optimizer=optimizer)
+
+    def _tenants(self, name: str) -> list[int]:
+        """The clients of a server."""
+        return [] if tier_of(self.recipe, name)[0] == 0 else clients_below(self.recipe, name)
+
+    # Activations.
+
+    def _work(self, name: str, client: int) -> Work:
+        """A client's micro-batch on a role."""
+        recipe, layers = self.recipe, self.config.num_hidden_layers
+        start, stop = role_bounds(recipe, layers)[name]
+        tenants = tier_of(recipe, name)[0] > 0
+        entry = max(start, client_cuts(recipe)[client]) if tenants else start
+        own = tenant_blocks(recipe, layers) if tenants else range(0)
+        work = work_of(recipe, self.modules, entry, stop, rows=self._rows(client), own=own)
+        return replace(work, lora=lora_of(recipe, client))
+
+    def _rows(self, client: int) -> int:
+        """Of a micro-batch, as its server takes them."""
+        sizes = [found.batch_sizes[client] for found in self.admissions.values() if client in found.batch_sizes]
+        return min(sizes, default=self.recipe.train.batch_size)
+
+    def _clients(self, name: str) -> list[int]:
+        """Those whose micro-batches a role computes."""
+        return clients_below(self.recipe, name)
+
+    def _graphs(self, name: str) -> int:
+        """Of all micro-batches between forward and backward, and of one block that a backward builds again."""
+        works = [self._work(name, client) for client in self._clients(name)]
+        each = [activation_bytes(self.config, work) for work in works]
+        again = max((recomputed_bytes(self.config, work) for work in works), default=0)
+        room = self.admissions[name].room if name in self.admissions else None
+        if room is not None:
+            return room.bytes
+        if self._goes_back_at_once(name):
+            return self._batch(works, each) + again
+        return sum(each) * at_once(self.recipe, self.config, self.modules, name) + again
+
+    def _goes_back_at_once(self, name: str) -> bool:
+        """Whether a role with the loss has one graph at a time: of a server that gets the labels."""
+        tiers = len(self.recipe.split.tiers)
+        return tiers > 1 and tier_of(self.recipe, name)[0] == tiers - 1 and self.recipe.split.labels == "cloud"
+
+    def _batch(self, works: Sequence[Work], each: Sequence[int]) -> int:
+        """The graph of the largest batch that a server makes."""
+        if self.recipe.server.batching == "none":
+            return max(each, default=0)
+        positions = sum(work.rows * work.length for work in works)
+        share = min(1.0, self.recipe.server.tokens / positions)
+        return max(*each, int(sum(each) * share))
+
+    def _passing(self, work: Work) -> int:
+        """What a block needs for a moment."""
+        return passing_bytes(self.config, replace(work, lora=self.recipe.lora))
+
+    def _holes(self, works: Iterable[Work]) -> int:
+        """What the allocator leaves unused."""
+        if gives_back():
+            return 0
+        alive = 0
+        for work in works:
+            kept = activation_bytes(self.config, replace(work, checkpointing=False)) // max(1, work.stop - work.start)
+            alive = max(alive, self._passing(work) + kept)
+        return min(MOST_HOLES, int(HOLES * alive))
+
+    def _logits(self, name: str) -> int:
+        if not has_head(self.recipe, tier_of(self.recipe, name)[0]):
+            return 0
+        rows = max((self._rows(client) for client in self._clients(name)), default=0)
+        return logits_bytes(self.config, rows * self.recipe.data.max_length, dtype_of(self.recipe))
+
+    def _embeddings(self, name: str) -> int:
+        """The rows that were read, and those of all tokens."""
+        tier, index = tier_of(self.recipe, name)
+        return 2 * hidden_bytes(self.recipe, self.config, self._rows(index)) if tier == 0 else 0
+
+    # Messages.
+
+    def _micro_batches(self, name: str) -> int:
+        """Questions and answers: as they are, as bytes, and as frames; answers are kept until they have arrived."""
+        wire, above = self.recipe.wire, parent_of(self.recipe, name) is not None
+        under_way, found = at_once(self.recipe, self.config, self.modules, name), 0
+        for client in self._clients(name) if len(self.recipe.split.tiers) > 1 else []:
+            tokens = self._rows(client) * self.recipe.data.max_length
+            shape, dtype = (tokens, int(self.config.hidden_size)), dtype_of(self.recipe)
+            hidden, labels = hidden_bytes(self.recipe, self.config, self._rows(client)), 3 * 4 * tokens
+            up, down = codec(wire.up).size(shape, dtype) + labels, codec(wire.down).size(shape, dtype)
+            asked = (2 * up + down + hidden) * above
+            served = (up + hidden + labels + 2 * down) * (tier_of(self.recipe, name)[0] > 0)
+            kept = 2 * down * (tier_of(self.recipe, name)[0] > 0)
+            found += under_way * (asked + served) + kept
+        return found
+
+    def _sums(self, name: str) -> int:
+        """Gradients that are summed over roles at the end of a step: what comes, the sum, and what goes up."""
+        if len(self.recipe.split.tiers) == 1:
+            return 0
+        own = self._summed(name)
+        below = sum(3 * self._summed_below(child) for child in children_of(self.recipe, name))
+        return below + own + 3 * self._summed_below(name) * (parent_of(self.recipe, name) is not None)
+
+    def _summed_below(self, name: str) -> int:
+        """Of a role and one of each kind below it: what it hands up."""
+        children = children_of(self.recipe, name)
+        return self._summed(name) + max((self._summed_below(child) for child in children), default=0)
+
+    def _summed(self, name: str) -> int:
+        counts = holders(self.recipe, self.config.num_hidden_layers)
+        start, stop = role_bounds(self.recipe, self.config.num_hidden_layers)[name]
+        modules = [module for module in self.modules if counts[block_of(self.config, module)] > 1]
+        return adapter_bytes(self.config, self.recipe.lora, modules, start, stop, dtype_of(self.recipe))
+
+    def _feedback(self, name: str) -> int:
+        """What codecs carry on from step to step: of all rows of the run, as far as there is memory for it."""
+        wire, train, tiers = self.recipe.wire, self.recipe.train, len(self.recipe.split.tiers)
+        ends = (codec(wire.up).feedback and parent_of(self.recipe, name) is not None) + (
+            codec(wire.down).feedback and tier_of(self.recipe, name)[0] > 0
+        )
+        if not ends or tiers == 1:
+            return 0
+        tokens = train.steps * train.accumulate * train.batch_size * self.recipe.data.max_length
+        every = 2 * FEEDBACK_ITEM * tokens * int(self.config.hidden_size) * len(self._clients(name)) * ends
+        return min(wire.feedback_mib * MIB, every)
+
+    def _rounds(self, name: str) -> RoundsHeld:
+        held = self._held(name)
+        return rounds_held(self.recipe, self.config, self.modules, name, held.adapters)
+
+    # All roles in one process.
+
+    def together(self) -> Parts:
+        """All but the processes: frozen weights are shared by replicas, and one role computes at a time."""
+        names = [name for tier in role_names(self.recipe).values() for name in tier]
+        held, rounds = [self._held(name) for name in names], [self._rounds(name) for name in names]
+        weights = sum({self._kind(name): one.weights for name, one in zip(names, held, strict=True)}.values())
+        adapters, optimizer = sum(one.adapters for one in held), sum(one.optimizer for one in held)
+        copies, top = self.recipe.train.processes - 1, held[-1]
+        works = {self._work(name, client) for name in names for client in self._clients(name)}
+        lossy = any(codec(name).lossy for name in (self.recipe.wire.up, self.recipe.wire.down))
+        feedback = sum(self._feedback(name) for name in names)
+        return Parts(
+            weights=weights + copies * top.weights,
+            adapters=adapters + copies * top.adapters,
+            gradients=sum(one.gradients for one in held) + copies * top.gradients,
+            optimizer=optimizer + copies * top.optimizer,
+            activations=self._graphs_together(names),
+            scratch=max(self._passing(work) for work in works) * (1 + copies),
+            allocator=self._holes(works) * (1 + copies),
+            logits=max(self._logits(name) for name in names) * (1 + copies),
+            embeddings=max(self._embeddings(name) for name in names),
+            messages=self._crossing() * (2 if lossy else 1) + feedback,
+            rounds=sum(one.total for one in rounds) + self._coordinator(),
+            journal=adapters + optimizer,
+        )
+
+    def _kind(self, name: str) -> tuple[int, tuple[int, int]]:
+        return tier_of(self.recipe, name)[0], role_bounds(self.recipe, self.config.num_hidden_layers)[name]
+
+    def _coordinator(self) -> int:
+        """What a tree of whole models holds above them."""
+        if len(self.recipe.split.tiers) > 1:
+            return 0
+        return rounds_held(self.recipe, self.config, self.modules, "coordinator", 0).total
+
+    def _graphs_together(self, names: Iterable[str]) -> int:
+        """One client after another, or all at once where they wait for one another or have several under way."""
+        branches = dict.fromkeys(self._clients_of_all(), 0)
+        for name in names:
+            for client in self._clients(name):
+                branches[client] += activation_bytes(self.config, self._work(name, client))
+        works = [self._work(name, client) for name in names for client in self._clients(name)]
+        again = max((recomputed_bytes(self.config, work) for work in works), default=0)
+        under_way = min(self.recipe.train.in_flight, self.recipe.train.accumulate)
+        if under_way == 1 and self.recipe.server.batching == "none":
+            return max(branches.values()) + again
+        return under_way * sum(branches.values()) + again
+
+    def _crossing(self) -> int:
+        """Hidden states and gradients between roles."""
+        alive = min(self.recipe.train.in_flight, self.recipe.train.accumulate)
+        clients = self._clients_of_all()
+        each = [2 * hidden_bytes(self.recipe, self.config, self._rows(client)) for client in clients]
+        several = alive > 1 or self.recipe.server.batching != "none"
+        return len(self.recipe.split.cuts) * (alive * sum(each) if several else max(each))
+
+    def _clients_of_all(self) -> range:
+        return range(next(iter(self.recipe.split.tiers.values())))

@@ -1,0 +1,182 @@
+"""The ledger: what roles turn out to hold, part by part, and what it is at most where that depends on the run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splitllm.model.heads import logits_bytes
+from splitllm.model.loading import Checkpoint
+from splitllm.model.lora import matched_modules
+from splitllm.model.memory import activation_bytes, hidden_bytes, recomputed_bytes, work_of
+from splitllm.policy.admission import MIB
+from splitllm.recipe import Recipe
+from splitllm.roles.ledger import PARTS, Ledger, Parts
+from tests.families import TARGETS, checkpoint_folder, corpus, recipe, roles_of
+from tests.grids import counts
+from tests.model.test_memory import stepped
+
+PROCESS = 100 * MIB
+
+
+@cache
+def model(family: str) -> tuple[Any, list[str]]:
+    config = Checkpoint(checkpoint_folder(family)).config
+    return config, matched_modules(config, TARGETS.get(family))
+
+
+def ledger(wanted: Recipe, family: str = "gpt2", process: int = 0) -> Ledger:
+    return Ledger(wanted, *model(family), process)
+
+
+def wanted(family: str = "gpt2", labels: str = "cloud", cuts: tuple[int, ...] = (2, 4), **changes: Any) -> Recipe:
+    """Two clients, two edges, a cloud; short rows."""
+    data = {"source": "unused", "max_length": 8, **changes.pop("data", {})}
+    return recipe(family, list(cuts), labels, data=data, **changes)
+
+
+ROUNDS = {"replicas": "local", "cloud_every": 2, "edge_every": 1}
+HOLDING: dict[str, dict[str, Any]] = {
+    "shared": {},
+    "per client": {"lora": {"adapters": "per_client", "clients": {"client-1": {"rank": 2}}}},
+    "common": {"lora": {"adapters": "common"}},
+    "client cuts": {"split": {"client_cuts": {"client-1": 3}}, "lora": {"adapters": "per_client"}},
+    "labels stay": {"labels": "client"},
+    "dora": {"lora": {"dora": True}},
+    "sgd": {"train": {"optimizer": {"name": "sgd"}}},
+    "bf16": {"dtype": "bfloat16"},
+    "local": {"rounds": ROUNDS},
+    "one tier": {"cuts": ()},
+}
+
+
+@pytest.mark.parametrize("case", HOLDING)
+def test_weights_adapters_and_optimisers_are_those_of_a_run(case: str) -> None:
+    asked = wanted(**HOLDING[case])
+    roles, found = roles_of(asked, corpus(2)), ledger(asked)
+    for workers in roles.workers.values():
+        for name, worker in workers.items():
+            trained = [stepped(each) for each in (worker.trainable, *worker.own.values()) if each.parameters]
+            parts = found.of(name)
+            adapters = sum(p.nbytes for each in trained for p in each.parameters.values())
+            assert parts.weights == worker.peak()["weights"], name
+            assert parts.adapters == parts.gradients == adapters, name
+            assert parts.adapters + parts.optimizer == worker.peak()["adapter and optimiser"], name
+
+
+def test_replicas_in_one_process_share_their_weights_and_nothing_else() -> None:
+    found = ledger(wanted(), process=PROCESS)
+    client, edge, cloud = (found.of(name) for name in ("client-0", "edge-0", "cloud"))
+    assert found.together.weights == client.weights + edge.weights + cloud.weights
+    assert found.together.adapters == 2 * client.adapters + 2 * edge.adapters + cloud.adapters
+    assert found.together.process == client.process == PROCESS
+    assert found.apart == sum(parts.total for parts in found.roles().values()) > found.together.total
+    assert [(tier, names) for tier, names, _ in found.alike()] == [
+        ("client", ["client-0", "client-1"]),
+        ("edge", ["edge-0", "edge-1"]),
+        ("cloud", ["cloud"]),
+    ]
+
+
+def graph(asked: Recipe, start: int, stop: int, family: str = "gpt2") -> int:
+    config, modules = model(family)
+    return activation_bytes(config, work_of(asked, modules, start, stop))
+
+
+def test_a_cloud_with_the_labels_has_one_graph_and_an_edge_that_of_every_client() -> None:
+    one_edge = {"tiers": {"client": 2, "edge": 1, "cloud": 1}}
+    asked = wanted(split=one_edge, train={"in_flight": 2, "accumulate": 3})
+    found = ledger(asked)
+    assert found.of("client-0").activations == 2 * graph(asked, 0, 2)
+    assert found.of("edge").activations == 2 * 2 * graph(asked, 2, 4)
+    assert found.of("cloud").activations == graph(asked, 4, 6)
+    kept = ledger(wanted(labels="client", split=one_edge, train={"in_flight": 2, "accumulate": 3}))
+    assert kept.of("cloud").activations == 2 * 2 * graph(asked, 4, 6)
+
+
+def test_no_more_is_under_way_than_a_step_has() -> None:
+    assert ledger(wanted(train={"in_flight": 9, "accumulate": 2})).of("client-0").activations == 2 * graph(
+        wanted(), 0, 2
+    )
+
+
+def test_in_one_process_clients_take_turns_unless_they_wait_for_one_another() -> None:
+    alone = ledger(wanted(train={"accumulate": 1}))
+    branch = graph(wanted(), 0, 2) + graph(wanted(), 2, 4) + graph(wanted(), 4, 6)
+    assert alone.together.activations == branch
+    for changes in ({"train": {"in_flight": 2}}, {"server": {"batching": "synchronous"}}):
+        together = ledger(wanted(**changes)).together.activations
+        assert together == (1 + ("train" in changes)) * 2 * branch
+
+
+def test_checkpointing_keeps_inputs_and_one_block() -> None:
+    asked = wanted(cuts=(), train={"activation_checkpointing": True})
+    config, modules = model("gpt2")
+    work = work_of(asked, modules, 0, 6)
+    saving, plain = ledger(asked).of("client-0"), ledger(wanted(cuts=())).of("client-0")
+    assert saving.activations == activation_bytes(config, work) + recomputed_bytes(config, work) < plain.activations / 2
+    assert replace(saving, activations=0) == replace(plain, activations=0)
+
+
+@pytest.mark.parametrize("labels", ["client", "cloud"])
+def test_only_the_role_with_the_loss_holds_logits(labels: str) -> None:
+    asked = wanted(labels=labels)
+    config, _ = model("gpt2")
+    for name, parts in ledger(asked).roles().items():
+        has_head = name.startswith("client" if labels == "client" else "cloud")
+        rows = asked.train.batch_size * asked.data.max_length
+        assert parts.logits == (logits_bytes(config, rows, torch.float64) if has_head else 0), name
+
+
+def test_messages_grow_with_children_and_shrink_with_codecs() -> None:
+    long = {"max_length": 64}
+    plain, coded = ledger(wanted(data=long)), ledger(wanted(data=long, wire={"up": "int8", "down": "bf16"}))
+    assert plain.of("cloud").messages > plain.of("edge-0").messages > plain.of("client-0").messages > 0
+    for name in ("client-0", "edge-0", "cloud"):
+        assert coded.of(name).messages < plain.of(name).messages
+    config, _ = model("gpt2")
+    hidden = hidden_bytes(wanted(data=long), config)
+    assert plain.of("client-0").messages >= 3 * hidden
+
+
+def test_what_codecs_carry_on_is_bounded_by_the_rows_and_by_the_recipe() -> None:
+    some = ledger(wanted(wire={"down": "int4"})).of("edge-0").messages
+    rows = 5 * 2 * 3 * 8 * 32 * 4  # steps, accumulate, rows, tokens, width, two bf16 numbers
+    assert some - ledger(wanted(wire={"down": "int4", "feedback_mib": 0})).of("edge-0").messages == rows
+    none = ledger(wanted(wire={"down": "int8"})).of("client-0")
+    assert ledger(wanted(wire={"down": "int4"})).of("client-0").messages <= none.messages
+
+
+def test_a_limit_of_the_tier_leaves_the_allocator_no_holes() -> None:
+    free, limited = ledger(wanted()), ledger(wanted(split={"memory_mib": {"client": 800}}))
+    assert limited.of("client-0") == replace(free.of("client-0"), allocator=0) != free.of("client-0")
+    assert limited.of("edge-0") == free.of("edge-0")
+
+
+def test_parts_make_the_total_on_the_device_and_beside_it() -> None:
+    parts = Parts(**{part: 2**number for number, part in enumerate(PARTS)})
+    assert parts.total == 2 ** len(PARTS) - 1
+    beside = parts.process + parts.messages + parts.journal + parts.allocator
+    assert parts.on_device == parts.total - beside
+
+
+@pytest.mark.parametrize("count", counts(2, 8))
+def test_more_rows_or_tokens_never_take_less(count: int) -> None:
+    @settings(max_examples=count)
+    @given(st.integers(1, 5), st.integers(2, 12), st.sampled_from(["client", "cloud"]))
+    def check(rows: int, length: int, labels: str) -> None:
+        def totals(rows: int, length: int) -> list[int]:
+            asked = wanted("llama", labels, train={"batch_size": rows}, data={"max_length": length})
+            found = ledger(asked, "llama")
+            return [found.together.total, *(parts.total for parts in found.roles().values())]
+
+        for more in (totals(rows + 1, length), totals(rows, length + 1)):
+            assert all(a <= b for a, b in zip(totals(rows, length), more, strict=True))
+
+    check()
