@@ -26,7 +26,9 @@ from splitllm.model.families import Layout, layout_of
 from splitllm.model.gelu import make_lean
 from splitllm.model.heads import Head
 from splitllm.model.loading import Checkpoint
+from splitllm.model.quantized import quantize_blocks
 from splitllm.model.randomness import EMBEDDINGS, DropoutKey, key_dropout
+from splitllm.recipe import QuantizationRecipe
 
 
 class Passthrough(nn.Module):
@@ -176,8 +178,12 @@ class Shard(nn.Module):
         dtype: torch.dtype | None = None,
         attention: str | None = None,
         seed: int = 0,
+        quantization: QuantizationRecipe | None = None,
     ) -> Shard:
-        """As `from_pretrained`, for a family that has been admitted already."""
+        """As `from_pretrained`, for a family that has been admitted already.
+
+        With `quantization` the linear layers of its blocks are quantised while they are read.
+        """
         config, layout = checkpoint.config, layout_of(checkpoint.config)
         blocks = config.num_hidden_layers
         stop = blocks if stop is None else stop
@@ -192,6 +198,8 @@ class Shard(nn.Module):
         embeddings = Embeddings(embedding_module, embedding_name, checkpoint, dtype) if start == 0 else None
         top = Head(norm, output, config) if (stop == blocks if head is None else head) else None
         _hollow(whole, layout, start, stop)
+        if quantization is not None:
+            quantize_blocks(whole, f"{layout.base}.{layout.blocks}.", checkpoint, quantization)
         _load(whole, checkpoint, dtype)
         if top is not None:
             top.load(checkpoint, f"{layout.base}.{layout.norm}", embedding_name, dtype)

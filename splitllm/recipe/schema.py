@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -34,8 +34,10 @@ from splitllm.recipe.kinds import (
     TierNames,
     Tiers,
     Trackers,
+    mapping_of,
 )
 from splitllm.recipe.misfits import covered, misfits
+from splitllm.recipe.quantization import METHODS, SHORT_FORM, for_all_tiers
 
 Rule = Literal[
     "fedavg", "fedex", "flora", "ffa", "rolora", "flexlora", "hetlora", "trimmed_mean", "median"
@@ -243,6 +245,25 @@ class PrivacyRecipe(Section):
     delta: Fraction = 1.0e-5
 
 
+class QuantizationRecipe(Section):
+    """How a tier holds the frozen linear layers of its blocks (by bitsandbytes); a method alone is short for itself.
+
+    `nf4` is 4 bits and a scale for 64 numbers (arXiv 2305.14314), `int8` is 8 bits and a scale for each output. With
+    `double` the scales of nf4 are quantised as well. Products are in `compute_dtype`; null: in that of what comes in.
+    """
+
+    method: Literal["nf4", "int8"]
+    double: Switch = False
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_alone(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in METHODS:
+            raise PydanticCustomError("allowed", "nf4 or int8, or a mapping such as {{method: nf4, double: true}}")
+        return {"method": value} if isinstance(value, str) else value
+
+
 class RoundsRecipe(Section):
     """Replicas that train adapters of their own, and when and how those are averaged. Intervals are in steps.
 
@@ -281,6 +302,9 @@ class WireRecipe(Section):
     keepalive: Positive = 10.0
 
 
+Quantization = Annotated[dict[str, QuantizationRecipe], mapping_of(SHORT_FORM)]
+
+
 class Recipe(Section):
     """One run, completely. `load_recipe` reads it from a file; it can also be built in Python."""
 
@@ -288,11 +312,17 @@ class Recipe(Section):
     model: ModelRecipe
     split: SplitRecipe
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
+    quantization: Quantization = Field(default_factory=dict)
     data: DataRecipe
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     server: ServerRecipe = Field(default_factory=ServerRecipe)
     rounds: RoundsRecipe = Field(default_factory=RoundsRecipe)
     wire: WireRecipe = Field(default_factory=WireRecipe)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        return for_all_tiers(value)
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Recipe:
