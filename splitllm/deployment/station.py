@@ -194,7 +194,8 @@ def open_station(recipe: Recipe, options: Options, *, client: int | None) -> Sta
     credentials = load_credentials(Path(wire.certificates), options.name) if wire.certificates is not None else None
     share_cores(recipe.train)
     threads = torch.get_num_threads()
-    plan = prepare(recipe, data=client is not None, client=client)
+    tier = list(recipe.split.tiers)[tier_of(recipe, options.name)[0]]
+    plan = prepare(recipe, data=client is not None, client=client, tier=tier)
     options.directory.mkdir(parents=True, exist_ok=True)
     world = open_world(recipe.train, options.directory)
     base = open_base(recipe, options.directory, world)

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from splitllm.model.families import layout_of
 from splitllm.model.graphs import NOBODY, Work, bytes_by_block
 from splitllm.model.lora import adapter_dtype, adapter_shapes, block_of, in_model
+from splitllm.model.quantized_bytes import saved_bytes
 from splitllm.model.shard import meta_model
 from splitllm.recipe import LoraRecipe, Recipe, client_cuts, lora_of, own_blocks, role_bounds, tenant_blocks, tier_of
 
@@ -69,7 +70,9 @@ def role_price(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str],
     (tier, index), layers = tier_of(recipe, name), config.num_hidden_layers
     start, stop = role_bounds(recipe, layers)[name]
     head = tier == (0 if recipe.split.labels == "client" else len(recipe.split.tiers) - 1)
+    how = recipe.quantization.get(list(recipe.split.tiers)[tier])
     weights = shard_bytes(config, start, stop, head, _dtype_of(recipe))
+    weights -= saved_bytes(config, start, stop, _dtype_of(recipe), how)
     if tier > 0:
         shared = [module for module in modules if block_of(config, module) not in own_blocks(recipe, layers)]
         trained = _trained(recipe, recipe.lora, config, shared, start, stop)

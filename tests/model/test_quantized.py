@@ -191,7 +191,9 @@ def test_only_linear_layers_of_its_own_blocks_are_quantised(family: str) -> None
 
 
 def test_another_roles_copy_has_the_same_memory() -> None:
-    shard = Shard.cut(Checkpoint(checkpoint_folder("llama")), 1, 3, quantization=recipe("nf4 double"), dtype=torch.float32)
+    shard = Shard.cut(
+        Checkpoint(checkpoint_folder("llama")), 1, 3, quantization=recipe("nf4 double"), dtype=torch.float32
+    )
     for one, other in zip(shard.parameters(), shard.replica().parameters(), strict=True):
         assert one.data_ptr() == other.data_ptr()
 
