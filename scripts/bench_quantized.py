@@ -34,8 +34,8 @@ DTYPES = ("bfloat16", "float32")
 ROWS, LENGTH, STEPS = 8, 64, 4
 
 
-def measure(folder: Path, method: str, dtype: str) -> dict[str, float]:
-    """Load the middle shard, add LoRA and take the steps; bytes and seconds."""
+def measure(folder: Path, method: str, dtype: str, *, loading: bool) -> dict[str, float]:
+    """Load the middle shard and, unless that is all, add LoRA and take the steps; bytes and seconds."""
     import torch
 
     from splitllm.model.loading import Checkpoint
@@ -57,19 +57,22 @@ def measure(folder: Path, method: str, dtype: str) -> dict[str, float]:
     stop = checkpoint.config.num_hidden_layers - 1
     before, clock = settle(), time.perf_counter()
     shard = Shard.cut(checkpoint, 1, stop, dtype=wide, quantization=how)
-    load_seconds, loaded = time.perf_counter() - clock, resident()
+    load_seconds, loaded, config = time.perf_counter() - clock, resident(), checkpoint.config
+    found = {
+        "predicted weights": shard_bytes(config, 1, stop, False, wide) - saved_bytes(config, 1, stop, wide, how),
+        "weights": Worker(shard, Trainable({}, OptimizerRecipe()), torch.device("cpu")).peak()["weights"],
+        "load growth": loaded["peak"] - before["now"],
+        "load seconds": load_seconds,
+    }
+    if loading:
+        return found
     add_lora(shard, LoraRecipe(targets="all-linear"), modules, seed=0)
     worker = Worker(shard, Trainable(adapter_parameters(shard), OptimizerRecipe()), torch.device("cpu"))
     clocks = [_step(worker, number, wide) for number in range(STEPS)]
-    held, config = worker.peak(), checkpoint.config
-    return {
-        "predicted weights": shard_bytes(config, 1, stop, False, wide) - saved_bytes(config, 1, stop, wide, how),
-        "weights": held["weights"],
-        "load growth": loaded["peak"] - before["now"],
+    return found | {
         "scratch": 0 if how is None else scratch_bytes(config, wide),
-        "activations": held["activations of a batch"],
+        "activations": worker.peak()["activations of a batch"],
         "growth": resident()["peak"] - before["now"],
-        "load seconds": load_seconds,
         "tokens a second": ROWS * LENGTH / statistics.median(clocks[1:]),
     }
 
@@ -91,22 +94,22 @@ def _step(worker: Any, number: int, dtype: Any) -> float:
     return time.perf_counter() - clock
 
 
-def run(blocks: int, parent: Path | None) -> dict[str, dict[str, float]]:
+def run(blocks: int, parent: Path | None, *, loading: bool) -> dict[str, dict[str, float]]:
     """All cases, each in a fresh process, on one checkpoint."""
     case = Case(FAMILY, blocks + 2, "bfloat16", "bfloat16", 1, blocks + 1, "warm", ROWS, STEPS, "returning")
     figures = {}
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         write_checkpoint(Path(folder), case)
-        for dtype in DTYPES:
+        for dtype in DTYPES[:1] if loading else DTYPES:
             for method in METHODS:
                 set_cache(Path(folder), "warm")
-                figures[f"{method}, {dtype}"] = _in_a_process(folder, method, dtype)
+                figures[f"{method}, {dtype}"] = _in_a_process(folder, method, dtype, loading)
     return figures
 
 
-def _in_a_process(folder: str, method: str, dtype: str) -> dict[str, float]:
+def _in_a_process(folder: str, method: str, dtype: str, loading: bool) -> dict[str, float]:
     environment = {**os.environ, **RETURNING, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, "--measure", method, dtype, "--folder", folder]
+    command = [sys.executable, __file__, "--measure", method, dtype, "--folder", folder, *["--loading"][: int(loading)]]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -132,16 +135,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written (220 MB a block)")
+    parser.add_argument("--loading", action="store_true", help="load and take no step; in bf16")
     parser.add_argument("--json", action="store_true", help="print the figures and write no page")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs/benchmarks/quantization.md")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.folder, *options.measure)))
+        print(json.dumps(measure(options.folder, *options.measure, loading=options.loading)))
         return
     about = machine("torch", "transformers", "peft", "bitsandbytes") | {"torch threads": "1"}
-    figures = run(options.blocks, options.folder)
-    if options.json:
+    figures = run(options.blocks, options.folder, loading=options.loading)
+    if options.json or options.loading:
         print(json.dumps(figures))
         return
     about["shard"] = f"{options.blocks} blocks of 110,104,576 numbers, stored in bf16"

@@ -132,10 +132,9 @@ def test_rounds_that_freeze_beside_the_weights_work_on_quantised_ones() -> None:
     modules = [name.removesuffix(".lora_A.weight") for name in known if name.endswith(".lora_A.weight")]
     assert any(name.startswith("frozen/") for name in modules) and set(found) == set(known)
     for name in modules:
-        got, wanted_product = (each[f"{name}.lora_B.weight"] @ each[f"{name}.lora_A.weight"] for each in adapters)
-        assert float((got - wanted_product).abs().max()) <= 2e-3 * float(wanted_product.abs().max()), (
-            name
-        )  # small ones, of differences
+        # what is frozen is the small difference of products
+        product, known_product = (each[f"{name}.lora_B.weight"] @ each[f"{name}.lora_A.weight"] for each in adapters)
+        assert float((product - known_product).abs().max()) <= 2e-3 * float(known_product.abs().max()), name
 
 
 def evaluated(roles: Roles) -> float:
@@ -217,5 +216,5 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
         names = load_file(file)
         assert not any(tensor.dtype in (torch.uint8, torch.int8) for tensor in names.values()), file
         assert not any(".weight" in name and "lora_" not in name for name in names), "no weight of the base is kept"
-    with pytest.raises(RecipeError, match="--resume: the recipe is not that of .*quantization"):
+    with pytest.raises(RecipeError, match=r"--resume: the recipe is not that of .*quantization"):
         train(quantized_recipe(folder, "quantization={}"), stopped, resume=True)

@@ -32,7 +32,7 @@ Held = dict[str, torch.Tensor]
 
 @cache
 def library() -> Any:
-    """bitsandbytes' functions; imported where something is quantised, and nowhere else."""
+    """The functions of bitsandbytes, imported where something is quantised and nowhere else."""
     import bitsandbytes.functional
 
     return bitsandbytes.functional
@@ -58,7 +58,7 @@ class QuantizedLinear(nn.Linear):
         self.scales = _frozen(held["scales"])
         self.outer_scales = _frozen(held["outer_scales"]) if how.double else None
         self.offset = _frozen(held["offset"]) if how.double else None
-        self.bias = bias
+        self.register_parameter("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., O], in the dtype that an ordinary layer would answer in."""
@@ -220,7 +220,7 @@ def _rows(checkpoint: Checkpoint, name: str, module: nn.Module) -> Iterator[torc
 
 def _pieces(weight_OD: torch.Tensor) -> Iterator[torch.Tensor]:
     step = max(1, PIECE_BYTES // (weight_OD.shape[1] * weight_OD.element_size() * BLOCK)) * BLOCK
-    yield from weight_OD.split(step)
+    yield from torch.split(weight_OD, step)
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

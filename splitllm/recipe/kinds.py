@@ -164,6 +164,7 @@ Codec = Annotated[
     AfterValidator(_codec),
     _allows("none, bf16, fp16, int8, int4 or topk:FRACTION with a fraction between 0 and 1, such as topk:0.05"),
 ]
+ComputeDtype = Annotated[Literal["float32", "bfloat16"], _allows("float32 or bfloat16")]
 MixedPrecision = Annotated[
     Literal["no", "bf16"],
     BeforeValidator(lambda value: "no" if value is False else value),

@@ -57,7 +57,7 @@ def _cut_misfits(recipe: Recipe) -> Iterator[Misfit]:
         return
     if recipe.quantization.get(below) != recipe.quantization.get(above[0]):
         why = f"has to be on {below} as on {above[0]}, since with split.client_cuts both hold some of the same blocks"
-        advice = f"write the same for both, or leave both out, or use split.client_cuts: {{}}"
+        advice = "write the same for both, or leave both out, or use split.client_cuts: {}"
         yield ("quantization", "split.client_cuts"), f"quantization: {why}; {advice}"
 
 

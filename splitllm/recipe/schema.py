@@ -12,6 +12,7 @@ from splitllm.recipe.kinds import (
     Betas,
     ClientCuts,
     Codec,
+    ComputeDtype,
     Count,
     Cuts,
     Fields,
@@ -252,15 +253,15 @@ class QuantizationRecipe(Section):
     `double` the scales of nf4 are quantised as well. Products are in `compute_dtype`; null: in that of what comes in.
     """
 
-    method: Literal["nf4", "int8"]
+    method: Literal["nf4", "int8"] = "nf4"
     double: Switch = False
-    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    compute_dtype: ComputeDtype | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _method_alone(cls, value: Any) -> Any:
         if isinstance(value, str) and value not in METHODS:
-            raise PydanticCustomError("allowed", "nf4 or int8, or a mapping such as {{method: nf4, double: true}}")
+            raise PydanticCustomError("allowed", "nf4 or int8, or a mapping such as {method: nf4, double: true}")
         return {"method": value} if isinstance(value, str) else value
 
 
