@@ -189,7 +189,10 @@ WRONG = [
         "quantization.edge: 4 is not allowed; use a mapping with keys among method, double, compute",
     ),
     ("quantization.edge={method: fp4}", "quantization.edge.method: 'fp4' is not allowed; use nf4 or int8"),
-    ("quantization.edge={method: nf4, doubel: true}", "quantization.edge.doubel: unknown key; did you mean quantizati"),
+    (
+        "quantization.edge={method: nf4, doubles: true}",
+        "quantization.edge.doubles: unknown key; did you mean quantizati",
+    ),
     ("quantization.edge={method: int8, double: true}", "quantization.edge.double: true is for nf4, not int8; leave it"),
     (
         "quantization.edge={method: nf4, compute_dtype: float16}",

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes import functional
-from bitsandbytes.nn import Int8Params, Params4bit
+from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -199,8 +200,6 @@ def test_another_roles_copy_has_the_same_memory() -> None:
 
 
 def test_a_missing_weight_is_named(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     source = checkpoint_folder("llama")
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     tensors = load_file(source / "model.safetensors")
@@ -211,11 +210,27 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
 
 
 def test_why_weights_are_decoded_as_rows_of_one_block() -> None:
-    """bitsandbytes 0.50.2 on AVX-512: of rows of 16 n numbers that are no whole blocks it decodes others."""
-    weight_OD = weight((24, 80))
-    packed, state = functional.quantize_4bit(weight_OD, blocksize=64, quant_type="nf4")
-    error = functional.dequantize_4bit(packed, state).double() - stands_for(weight_OD, "nf4")
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or float(error.abs().max()) < 1e-6:
-        pytest.skip("this CPU or this bitsandbytes decodes them right")
+    """On AVX-512 bitsandbytes 0.50.2 decodes rows of 16 n numbers that are no whole blocks wrongly."""
+    packed, state = functional.quantize_4bit(weight((24, 80)), blocksize=64, quant_type="nf4")
     found, wanted_OD = layer("nf4", (24, 80))
-    assert float((found.dequantized(torch.float32) - wanted_OD).abs().max()) < 1e-6 < float(error.abs().max())
+    error = float((functional.dequantize_4bit(packed, state) - wanted_OD).abs().max())
+    if error < 1e-6:
+        pytest.skip("this CPU or this bitsandbytes decodes them right")
+    assert float((found.dequantized(torch.float32) - wanted_OD).abs().max()) < 1e-6 < error
+
+
+def test_why_the_layer_is_not_that_of_bitsandbytes() -> None:
+    """On AVX512-BF16 an evaluation leaves its own one without a gradient."""
+    options = {"bias": False, "quant_type": "nf4", "compress_statistics": False, "compute_dtype": torch.float32}
+    theirs = Linear4bit(64, 96, **options)
+    if not theirs.support_avx512bf16_for_cpu:
+        pytest.skip("this CPU has no path that is for evaluation alone")
+    theirs.load_state_dict({"weight": weight((96, 64))})
+    theirs, (ours, _), x = theirs.to("cpu"), layer("nf4", (96, 64), bias=False), torch.randn(3, 64, requires_grad=True)
+    (before,) = torch.autograd.grad(theirs.train()(x).square().sum(), x)
+    with torch.no_grad():
+        theirs.eval()(x.detach()), ours.eval()(x.detach())
+    (after,) = torch.autograd.grad(ours.train()(x).square().sum(), x)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        torch.autograd.grad(theirs.train()(x).square().sum(), x)
