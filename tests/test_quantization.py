@@ -16,7 +16,7 @@ from splitllm.model.export import merge
 from splitllm.recipe import Recipe, load_recipe
 from splitllm.roles.assembly import Roles
 from splitllm.train import train
-from tests.families import LAYERS, corpus, recipe, roles_of
+from tests.families import CONFIGS, LAYERS, corpus, recipe, roles_of
 from tests.quantized import METHODS, dequantized_folder
 from tests.test_exactness import adapter_of, check, gradients, one_step, with_moved_b
 from tests.test_train import Crash, crash_at
@@ -49,6 +49,10 @@ CASES: list[Any] = [
     ("gemma2", [2, 4], {"edge": "int8"}),
     ("gemma3", [1, 5], {"client": "int8", "edge": "nf4"}),
 ]
+
+
+OTHERS = [family for family in CONFIGS if family not in {case[0] for case in CASES}]
+CASES += [pytest.param(family, [2, 4], {"edge": "nf4", "cloud": "int8"}, marks=pytest.mark.system) for family in OTHERS]
 
 
 @pytest.mark.parametrize(("family", "cuts", "tiers"), CASES)
@@ -135,6 +139,41 @@ def test_rounds_that_freeze_beside_the_weights_work_on_quantised_ones() -> None:
         # what is frozen is the small difference of products
         product, known_product = (each[f"{name}.lora_B.weight"] @ each[f"{name}.lora_A.weight"] for each in adapters)
         assert float((product - known_product).abs().max()) <= 2e-3 * float(known_product.abs().max()), name
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "checkpointing": {"train": {"activation_checkpointing": True}},
+    "in flight": {"train": {"in_flight": 2}},
+    "common": {"lora": {"adapters": "common"}, "server": {"batching": "synchronous"}},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
+def test_however_it_is_run_it_learns_as_on_the_dequantised_base(method: str, way: str) -> None:
+    train_section = {**SGD, "schedule": {"name": "constant", "warmup_steps": 0}, **WAYS[way].get("train", {})}
+    wanted = recipe("llama", [2, 4], "client", dtype="float32", **{**WAYS[way], "train": train_section})
+    quantised = on(wanted, edge=method, cloud=method)
+    found = []
+    for each in (quantised, dequantized(quantised, "llama", [None] * 2 + [method] * 4)):
+        roles = roles_of(each, corpus(2))
+        start = with_every_b_moved(roles)
+        losses = [one_step(roles, step) for step in range(2)]
+        found.append((losses[0], {name: t.double() - start[name].double() for name, t in roles.adapter().items()}))
+    check(found[0], found[1], 5 * EXACT)
+
+
+@pytest.mark.parametrize(("dtype", "compute"), [("bfloat16", None), ("float32", "bfloat16")])
+def test_half_precision_is_near_the_dequantised_base(
+    dtype: str, compute: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = {"edge": {"method": "nf4", "compute_dtype": compute}}
+    wanted = recipe("llama", [2, 4], dtype=dtype, quantization=section)
+    roles = roles_of(wanted, corpus(2))
+    started = with_moved_b(roles)
+    rounded = dequantized(wanted, "llama", [None, None, "nf4", "nf4", None, None])
+    exact = Unsplit(rounded, corpus(2), {name: t.double() for name, t in started.items()})
+    check(gradients(roles, monkeypatch), exact.gradients(0), 0.1)
 
 
 def evaluated(roles: Roles) -> float:

@@ -140,6 +140,7 @@ class Shard(nn.Module):
         attention: str | None = None,
         revision: str | None = None,
         seed: int = 0,
+        quantization: QuantizationRecipe | None = None,
     ) -> Shard:
         """Load one shard of a checkpoint, reading only its own tensors.
 
@@ -153,6 +154,7 @@ class Shard(nn.Module):
             attention: transformers' `attn_implementation`; None for its default.
             revision: of a hub model.
             seed: keys the dropout masks.
+            quantization: of the linear layers of its blocks, which are quantised while they are read; None for none.
 
         Returns:
             The shard, in evaluation mode, all its parameters frozen.
@@ -165,7 +167,16 @@ class Shard(nn.Module):
 
         checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(model, revision)
         admit(checkpoint.config, attention)
-        return cls.cut(checkpoint, start, stop, head=head, dtype=dtype, attention=attention, seed=seed)
+        return cls.cut(
+            checkpoint,
+            start,
+            stop,
+            head=head,
+            dtype=dtype,
+            attention=attention,
+            seed=seed,
+            quantization=quantization,
+        )
 
     @classmethod
     def cut(
@@ -180,10 +191,7 @@ class Shard(nn.Module):
         seed: int = 0,
         quantization: QuantizationRecipe | None = None,
     ) -> Shard:
-        """As `from_pretrained`, for a family that has been admitted already.
-
-        With `quantization` the linear layers of its blocks are quantised while they are read.
-        """
+        """As `from_pretrained`, for a family that has been admitted already."""
         config, layout = checkpoint.config, layout_of(checkpoint.config)
         blocks = config.num_hidden_layers
         stop = blocks if stop is None else stop
