@@ -15,11 +15,12 @@ from splitllm.errors import DivergedError
 from splitllm.metrics import Metrics, replace_text
 from splitllm.model.lora import adapter_shapes
 from splitllm.model.trainable import Tensors
-from splitllm.recipe import client_names, dump_recipe, lora_of, what_leaves_in_a_deployment
-from splitllm.roles.server import Reports, StepSums
+from splitllm.recipe import client_names, dump_recipe, goes_by_rounds, lora_of, what_leaves_in_a_deployment
+from splitllm.roles.convening import Reports
+from splitllm.roles.server import StepSums
 from splitllm.running.outcome import RECIPE
-from splitllm.running.places import ADAPTER, adapter_folders
-from splitllm.running.results import export_of, renew, summary_of
+from splitllm.running.places import ADAPTER
+from splitllm.running.results import export_of, log_round, renew, summary_of
 from splitllm.running.state import Totals
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Board:
 
     def __init__(self, station: Station, metrics: Metrics) -> None:
         self.station, self.metrics = station, metrics
-        self._over: set[int] = set()
+        self._over, self._finished, self._told = set[int](), set[int](), set[tuple[str, int]]()
         names = client_names(station.recipe)
         self.records = {client: LaneRecord(self, client, name) for client, name in enumerate(names)}
         replace_text(station.options.directory / RECIPE, dump_recipe(station.recipe))
@@ -47,14 +48,33 @@ class Board:
         self._over.add(client)
         self.done()
 
+    def finished(self, client: int) -> None:
+        """A client has come to its end."""
+        self._finished.add(client)
+        self.done()
+
+    def averaged(self, steps: int, reports: Reports) -> None:
+        """This server has averaged what others brought."""
+        log_round(self.metrics, steps, reports)
+
+    def told(self, steps: int, reports: Reports) -> None:
+        """Servers further down have averaged; each lane that was there may tell so."""
+        new = [report for report in reports if (report["role"], steps) not in self._told]
+        self._told |= {(report["role"], steps) for report in new}
+        log_round(self.metrics, steps, new)
+
+    def logged(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """What the metrics of a run that goes on tell of its rounds."""
+        self._told |= {(each["role"], each["step"]) for each in records if each["event"] == "round"}
+
     def done(self) -> None:
         """When every client has its adapter, or has diverged: write the summary, unless that was done already."""
         directory, recipe = self.station.options.directory, self.station.recipe
-        folders = adapter_folders(recipe, directory)
-        here = [client for client, folder in zip(self.records, folders, strict=True) if folder.exists()]
+        here = sorted(self._finished)
         if not here or not self._over.issuperset(self.records.keys() - here) or (directory / "summary.json").exists():
             return
-        renew(self.station.plan, directory, here)
+        if not goes_by_rounds(recipe):
+            renew(self.station.plan, directory, here)
         records = [self.records[client] for client in here]
         totals = Totals()
         for record in records:
@@ -63,7 +83,7 @@ class Board:
         totals.seconds = max(record.totals.seconds for record in records)
         totals.loss_before, totals.loss_after = (_mean(records, step) for step in (0, recipe.train.steps))
         words = {role: said for record in records for role, said in record.words.items()}
-        numbers = sum(self._numbers(client) for client in here)
+        numbers = sum(self._numbers(client) for client in (here[:1] if goes_by_rounds(recipe) else here))
         summary = summary_of(totals, numbers, memory_of(words), what_leaves_in_a_deployment(recipe))
         self.metrics.write_summary(
             summary | {"clients": {each.name: each.said() for each in records}} | _common(records)
@@ -119,14 +139,15 @@ class LaneRecord:
             Whether the evaluation of that step is written.
         """
         kept = self.board.metrics.truncate_to(step, client=self.name)
+        self.board.logged(kept)
         mine = [record for record in kept if record["event"] == "eval" and record.get("client") == self.name]
         self.evaluations = {record["step"]: (record["loss"], record["labels"]) for record in mine if record["loss"]}
         self._since = time.perf_counter()
         return any(record["step"] == step for record in mine)
 
     def averaged(self, steps: int, reports: Reports) -> None:
-        """Lanes hold no rounds."""
-        raise AssertionError((steps, reports))
+        """What servers tell of rounds in which this client was."""
+        self.board.told(steps, reports)
 
     def stepped(self, step: int, sums: StepSums) -> None:
         """A step is about to be committed; one whose gradients are not finite changes nothing, and is said."""
@@ -169,8 +190,10 @@ class LaneRecord:
     def finish(self, words: Mapping[str, Any], adapter: Tensors) -> None:
         """This lane has come to its end: write the client's adapter; with the last of them the summary."""
         self.words = dict(words)
-        export_of(self.board.station.plan, self.board.station.options.directory, adapter, self.client)
-        self.board.done()
+        shared = goes_by_rounds(self.board.station.recipe)
+        directory = self.board.station.options.directory
+        export_of(self.board.station.plan, directory, adapter, 0 if shared else self.client)
+        self.board.finished(self.client)
 
 
 def _common(records: Sequence[LaneRecord]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from splitllm.recipe import (
     client_cuts,
     client_names,
     clients_below,
+    goes_by_lanes,
     goes_by_rounds,
     holders,
     intervals,
@@ -85,6 +86,7 @@ def _round_bounds(recipe: Recipe, name: str) -> RoundBounds | None:
         anew=rule == "flora",
         moments=recipe.rounds.moments == "average",
         words=_WORDS[recipe.rounds.secure.bits] if hides(recipe) and tier_of(recipe, name)[0] == 1 else None,
+        lanes=goes_by_lanes(recipe),
     )
 
 
@@ -186,16 +188,23 @@ def _child(plan: Plan, name: str, clients: Collection[int], held: Mapping[str, H
     everything = _largest([each.together for each in below] + list(own.values())) if goes_by_rounds(recipe) else {}
     averaged = averaged_blocks(recipe, plan.config.num_hidden_layers)
     each_steps = frozenset(role for role in roles if held[role].together)
+    steps_alone = goes_by_rounds(recipe) and not goes_by_lanes(recipe)
     return Child(
         clients={number: names[number] for number in clients_below(recipe, name) if number in clients},
         roles={role: sharing(recipe, role) for role in roles},
         summed={tensor: shape for tensor, shape in together.items() if tensor in summed},
-        normed=each_steps if goes_by_rounds(recipe) else frozenset(together.keys() - summed),
-        own={client: len(tensors) for client, tensors in own.items()},
+        normed=each_steps if steps_alone else frozenset(_training(recipe, together.keys() - summed)),
+        own={client: len(_training(recipe, tensors)) for client, tensors in own.items()},
         adapter=everything
         or together | {f"{TENANT}{c}/{t}": shape for c, tensors in own.items() for t, shape in tensors.items()},
         averaged={t: s for t, s in everything.items() if block_of(plan.config, in_model(t)) in averaged},
     )
+
+
+def _training(recipe: Recipe, names: Collection[str]) -> list[str]:
+    """Those of which a step has a gradient; where A and B train by turns there are as many of each."""
+    side = side_that_trains(recipe, 0)
+    return [name for name in names if side is None or f".lora_{side}." in name]
 
 
 def _largest(parts: Sequence[Mapping[str, torch.Size]]) -> dict[str, torch.Size]:

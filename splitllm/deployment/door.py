@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from rich.console import Console
 
 from splitllm.deployment.board import Board, LaneRecord
 from splitllm.deployment.bounds import allowed
+from splitllm.deployment.halls import hall_of, merges_of
 from splitllm.deployment.held import Held
 from splitllm.deployment.journal import Journal
 from splitllm.deployment.past import Past
@@ -18,8 +20,10 @@ from splitllm.deployment.station import Station
 from splitllm.metrics import Metrics
 from splitllm.recipe import Recipe, children_of, clients_below, goes_by_lanes
 from splitllm.roles.assembly import batching_of, entries_of
+from splitllm.roles.buffered import BufferedHall
 from splitllm.roles.gate import Gate
 from splitllm.roles.generation import Summit
+from splitllm.roles.hall import Hall
 from splitllm.roles.lanes import Lanes
 from splitllm.roles.runner import Batching
 from splitllm.roles.server import Commit, Server
@@ -55,10 +59,11 @@ def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, u
         return _gate(station, journals[EVERYBODY], worker, batching, uplink, record)
     board = Board(station, metrics) if uplink is None else None
     held = _held(station, journals, worker)
+    hall = hall_of(station, held, uplink, None if board is None else board.averaged)
     gates = {}
     for client, journal in journals.items():
         lane = board.records[client] if board is not None else None
-        gates[client] = _gate(station, journal, worker.lane(client), batching, uplink, lane, client, held)
+        gates[client] = _gate(station, journal, worker.lane(client), batching, uplink, lane, client, held, hall)
         if lane is not None and journal.finished:
             lane.put_back(journal.newest_values()["beside"])
 
@@ -69,7 +74,7 @@ def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, u
         if board is not None:
             board.over(client)
 
-    lanes = Lanes(gates, batching, station.recipe.server.park_after, over)
+    lanes = Lanes(gates, batching, station.recipe.server.park_after, over, hall, merges_of(station, hall))
     for client in [client for client, journal in journals.items() if journal.over]:
         lanes.wait_no_more(client)
         over(client)
@@ -100,13 +105,15 @@ def _gate(
     record: Record | LaneRecord | None,
     client: int = EVERYBODY,
     held: Held | None = None,
+    hall: Hall | BufferedHall | None = None,
 ) -> Gate:
     recipe, name = station.recipe, station.name
     kept = (record.values, record.put_back) if record is not None else ()
     entries = entries_of(recipe, name)
-    rounds = station.assembly().rounds(name, station.tier, worker, entries)
-    exported = None if rounds is None else rounds.adapter
-    past = Past(station, journal, worker, *kept, held=held, speaks_for=batching.runner.worker, exported=exported)
+    lane = None if client == EVERYBODY else client
+    rounds = station.assembly().rounds(name, station.tier, worker, entries, lane)
+    own: dict[str, Any] = {} if rounds is None else {"exported": rounds.adapter, "scaled": rounds.scaled}
+    past = Past(station, journal, worker, *kept, held=held, speaks_for=batching.runner.worker, **own)
     children = children_of(recipe, name)
     if client != EVERYBODY:
         children = [child for child in children if client in clients_below(recipe, child)]
@@ -120,6 +127,8 @@ def _gate(
         entries=entries,
         local=station.assembly().rounding.local(entries),
         rounds=rounds,
+        lane=lane is not None,
+        hall=hall if isinstance(hall, Hall) and station.tier == 1 else None,
         schedule=station.schedule,
         batching=batching,
         traffic=uplink.of_client[client] if uplink is not None and client != EVERYBODY else None,
@@ -129,7 +138,7 @@ def _gate(
     return Gate(
         server,
         past,
-        allowed(station.plan, name, None if client == EVERYBODY else client),
+        allowed(station.plan, name, lane),
         summit=_summit(record, past) if record is not None else None,
         patience=_patience(station),
         finished_at=recipe.train.steps if journal.finished else None,

@@ -37,6 +37,7 @@ class Past:
         held: what its worker trains in common with others that go at their own pace.
         speaks_for: whose memory its closing words tell, where that is not `worker`: of a lane the whole server's.
         exported: the role's part of the adapter where that is not what its worker's state holds.
+        scaled: makes that of what is held in common.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class Past:
         held: Held | None = None,
         speaks_for: Worker | None = None,
         exported: Callable[[], Tensors] | None = None,
+        scaled: Callable[[Tensors], Tensors] = lambda tensors: tensors,
     ) -> None:
         self.journal, self.worker, self._shares = journal, worker, sharing(station.recipe, station.name)
         self._values, self._put_back, self._speaks_for = values, put_back, speaks_for or worker
-        self._held, self._lock, self._returns, self._exported = held, threading.Lock(), 0, exported
+        self._held, self._lock, self._returns = held, threading.Lock(), 0
+        self._exported, self._scaled = exported, scaled
         if not self.journal.steps():
             self._keep(0, start_digest(station.recipe))
 
@@ -115,7 +118,7 @@ class Past:
 
     def final_adapter(self) -> Tensors:
         """The same when the run ends, or this lane of it."""
-        return self.adapter() | (self._held.final() if self._held is not None else {})
+        return self.adapter() | (self._scaled(self._held.final()) if self._held is not None else {})
 
     def mark_finished(self) -> None:
         """The run is complete, and stays so when this process ends."""

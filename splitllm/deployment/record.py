@@ -13,7 +13,8 @@ from splitllm.deployment.station import Station
 from splitllm.errors import DivergedError
 from splitllm.metrics import Metrics, replace_text
 from splitllm.recipe import dump_recipe, what_leaves_in_a_deployment
-from splitllm.roles.server import Reports, StepSums
+from splitllm.roles.convening import Reports
+from splitllm.roles.server import StepSums
 from splitllm.roles.together import Tensors
 from splitllm.running.outcome import RECIPE
 from splitllm.running.places import ADAPTER

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from splitllm.model.trainable import Tensors, Trainable
+from splitllm.model.trainable import ADAPTER_SLOT, Tensors, Trainable
 
 PENDING = "pending/"
 
@@ -62,13 +62,14 @@ class Common:
     Attributes:
         given: client -> its steps so far whose gradients are in the adapter, or pending.
         steps: of the optimiser.
-        changes: gifts and steps so far.
+        changes: gifts, steps and outcomes of rounds so far.
     """
 
     def __init__(self, trainable: Trainable, buffer: Buffer) -> None:
         self.trainable, self.buffer = trainable, buffer
         self.given: dict[int, int] = {}
         self.steps = self.changes = 0
+        self._round, self._closed = 0, False
         self._pending: Tensors = {}
         self._tenants, self._tokens, self._weight, self._rates = 0, 0, 0.0, 0.0
         self._values = self._published()
@@ -94,6 +95,8 @@ class Common:
         self.given[gift.client] = gift.step + 1
         self.changes += 1
         weight = float(gift.labels if self.buffer.by_labels else min(1, gift.labels))
+        if self._closed:
+            return
         if weight:
             self._add(gradients, factor * weight)
             self._weight, self._rates = self._weight + weight, self._rates + weight * rate
@@ -109,6 +112,32 @@ class Common:
             self._values = self._published()
         self._pending, self._tenants, self._tokens, self._weight, self._rates = {}, 0, 0, 0.0, 0.0
 
+    def go_on(
+        self,
+        before: Mapping[str, torch.Tensor],
+        after: Mapping[str, torch.Tensor],
+        number: int,
+        *,
+        reset: bool = False,
+        last: bool = False,
+    ) -> None:
+        """Go on from what a round made of this adapter, once; what was stepped meanwhile stays on top.
+
+        Args:
+            before: as it was brought to the round.
+            after: as the round gave it back.
+            number: of the round, higher than those before.
+            reset: forget the optimiser's moments.
+            last: whether what is given later counts no more.
+        """
+        if number <= self._round:
+            return
+        moved = {n: self.trainable.parameters[n].detach() - tensor for n, tensor in before.items()}
+        made = {n: torch.where(moved[n] == 0, tensor, tensor + moved[n]) for n, tensor in after.items()}
+        self.trainable.renew({f"{ADAPTER_SLOT}/{name}": tensor for name, tensor in made.items()}, reset=reset)
+        self._round, self._closed, self.changes = number, last, self.changes + 1
+        self._values = self._published()
+
     def adapter(self) -> Tensors:
         """Its tensors by their names in an adapter file."""
         return dict(self._values)
@@ -121,6 +150,7 @@ class Common:
             "steps": self.steps,
             "changes": self.changes,
             "pending": [self._tenants, self._tokens, self._weight, self._rates],
+            "round": [self._round, self._closed],
         }
 
     def load(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
@@ -132,6 +162,7 @@ class Common:
         self.given = {int(client): int(steps) for client, steps in values["given"].items()}
         self.steps, self.changes = int(values["steps"]), int(values["changes"])
         self._tenants, self._tokens, self._weight, self._rates = values["pending"]
+        self._round, self._closed = values.get("round", (0, False))
         self._values = self._published()
 
     def nbytes(self) -> int:

@@ -120,7 +120,7 @@ def tenant_price(
     copied = [name for name in modules if block_of(config, name) in alone and name not in mine]
     work = work_of(recipe, modules, entry, stop, rows=rows, length=length, own=alone)
     trained = _trained(recipe, lora, config, mine, entry, stop)
-    copy = adapter_bytes(config, lora, copied, entry, stop, _dtype_of(recipe))
+    copy = adapter_bytes(config, recipe.lora, copied, entry, stop, _dtype_of(recipe))
     return replace(
         trained,
         adapter=trained.adapter + copy,

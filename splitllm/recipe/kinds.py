@@ -119,6 +119,7 @@ Positive = Annotated[_Real, Field(gt=0), _allows("a number above 0")]
 NotNegative = Annotated[_Real, Field(ge=0), _allows("a number of at least 0")]
 Probability = Annotated[_Real, Field(ge=0, lt=1), _allows("a number from 0 to below 1")]
 Fraction = Annotated[_Real, Field(gt=0, lt=1), _allows("a number between 0 and 1")]
+AtLeastOne = Annotated[_Real, Field(ge=1), _allows("a number of at least 1")]
 Share = Annotated[_Real, Field(gt=0, le=1), _allows("a number above 0 and at most 1")]
 Betas = Annotated[tuple[Probability, Probability], _allows("two numbers from 0 to below 1, such as [0.9, 0.999]")]
 

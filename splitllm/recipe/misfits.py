@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from splitllm.recipe.quantization import quantization_misfits
 from splitllm.recipe.roles import find_role, known_roles
 from splitllm.recipe.round_misfits import Misfit, rounds_misfits
+from splitllm.recipe.rounds import goes_by_rounds
 
 if TYPE_CHECKING:
     from splitllm.recipe.schema import DataRecipe, LoraRecipe, Recipe, ServerRecipe, SplitRecipe, WireRecipe
@@ -57,12 +58,13 @@ def _pace_misfits(recipe: Recipe) -> Iterator[Misfit]:
         keys = ("train.clip_norm", "server.batching", "lora.adapters")
         yield keys, f"train.clip_norm: null {why}; set a norm, such as 1.0"
     for name, count in list(recipe.split.tiers.items())[1:-1]:
-        if continuous and adapters == "common" and count > 1:
+        if continuous and adapters == "common" and count > 1 and not goes_by_rounds(recipe):
             why = (
                 "servers of one tier, with server.batching: continuous, would each train a common adapter of their own"
             )
             keys = ("split.tiers", "server.batching", "lora.adapters")
-            yield keys, f"split.tiers.{name}: {count} {why}; use 1, or lora.adapters: per_client"
+            advice = "use 1, lora.adapters: per_client, or rounds.replicas: local, which averages them"
+            yield keys, f"split.tiers.{name}: {count} {why}; {advice}"
     for key in ("step_tenants", "step_tokens"):
         value = getattr(server, key)
         if value is not None and not (continuous and adapters == "common"):

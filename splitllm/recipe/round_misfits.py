@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from splitllm.recipe.cuts import goes_by_lanes
 from splitllm.recipe.rounds import (
+    AT_ANY_PACE,
     ONE_SHAPE,
     ONLY_FACTORS,
     WITH_FROZEN,
@@ -37,6 +39,7 @@ def rounds_misfits(recipe: Recipe) -> Iterator[Misfit]:
     yield from _turn_misfits(recipe)
     yield from _checking_misfits(recipe)
     yield from _elsewhere_misfits(recipe)
+    yield from _pace_misfits(recipe)
 
 
 def _without_rounds(rounds: RoundsRecipe) -> Iterator[Misfit]:
@@ -207,7 +210,61 @@ def _elsewhere_misfits(recipe: Recipe) -> Iterator[Misfit]:
     if recipe.wire.absent == "drop":
         why = "a client that was left out takes over the state of another, and here nobody holds the same"
         yield ("rounds.replicas", "wire.absent"), f"{local} needs wire.absent: wait: {why}"
-    if recipe.server.batching == "continuous":
-        why = "needs steps that all take together"
-        keys = ("rounds.replicas", "server.batching")
-        yield keys, f"{local} {why}; use server.batching: synchronous, or none"
+
+
+def _pace_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    """What needs clients that go at their own pace, and what they cannot have."""
+    rounds, some, pace = recipe.rounds, recipe.rounds.participation, "server.batching: continuous"
+    if not goes_by_lanes(recipe):
+        for key, value, usual in (
+            ("participation.over", some.over, 1.0),
+            ("participation.deadline", some.deadline, None),
+            ("buffer.size", rounds.buffer.size, None),
+        ):
+            if value != usual:
+                keys: tuple[str, ...] = (f"rounds.{key}", "server.batching")
+                yield (
+                    keys,
+                    f"rounds.{key}: {value} needs {pace}; elsewhere all step together, and nobody is late",
+                )
+        return
+    if recipe.lora.adapters != "common":
+        why = "averages what clients hold at their server, and what is trained above them between servers"
+        keys = ("lora.adapters", "server.batching", "rounds.replicas")
+        yield keys, f"lora.adapters: {recipe.lora.adapters} with {pace}: it {why}; use common"
+    if rounds.rule not in AT_ANY_PACE:
+        why = "changes more at once than A and B, and there is no step at which all could change it"
+        keys = ("rounds.rule", "server.batching")
+        yield keys, f"rounds.rule: {rounds.rule} with {pace}: it {why}; use {', '.join(AT_ANY_PACE)}"
+    for key, found, wrong, advice in (
+        ("rounds.moments", rounds.moments, rounds.moments == "average", "use keep or reset"),
+        ("rounds.secure.aggregate", "true", rounds.secure.aggregate, "leave it out"),
+        ("rounds.privacy.clip", rounds.privacy.clip, rounds.privacy.clip is not None, "leave it out"),
+        ("rounds.exchange", rounds.exchange, rounds.exchange is not None, "leave it out"),
+        ("lora.dora", "true", recipe.lora.dora, "use false"),
+    ):
+        if wrong:
+            why = "needs rounds that all hold at one step"
+            yield (key, "server.batching"), f"{key}: {found} {why}, unlike {pace}; {advice}"
+    if some.over != 1.0 and some.policy not in ("random", "oort"):
+        keys = ("rounds.participation.over", "rounds.participation.policy")
+        yield keys, f"rounds.participation.over: {some.over:g} with policy: {some.policy}; use random or oort"
+    yield from _buffer_misfits(recipe)
+
+
+def _buffer_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    rounds, between_top = recipe.rounds, list(recipe.split.tiers.values())[1:-1]
+    if rounds.buffer.size is None:
+        for key in ("discount", "oldest"):
+            if key in rounds.buffer.model_fields_set:
+                yield (f"rounds.buffer.{key}",), f"rounds.buffer.{key}: needs rounds.buffer.size; give that, too"
+        return
+    below = between_top[-1] if between_top else 0
+    if rounds.buffer.size > below:
+        keys: tuple[str, ...] = ("rounds.buffer.size", "split.tiers")
+        advice = f"use at most {below}" if below else "leave it out"
+        yield keys, f"rounds.buffer.size: {rounds.buffer.size} of the {below} servers below the top; {advice}"
+    if rounds.rule not in ONLY_FACTORS:
+        keys = ("rounds.buffer.size", "rounds.rule")
+        why = "adds up changes of A and B, which are of one shape"
+        yield keys, f"rounds.buffer.size: {why}, unlike {rounds.rule}; use fedavg"

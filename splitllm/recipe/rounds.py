@@ -21,6 +21,9 @@ WITH_FROZEN = ("fedex", "flora")
 ONLY_FACTORS = ("fedavg", "ffa", "rolora", "trimmed_mean", "median")
 """Rules whose outcome is a matrix A and a matrix B, which can be stepped towards."""
 
+AT_ANY_PACE = ("fedavg", "ffa", "hetlora", "trimmed_mean", "median")
+"""Rules whose outcome each can take when it comes to it."""
+
 
 def goes_by_rounds(recipe: Recipe) -> bool:
     """Whether replicas train adapters of their own."""
@@ -69,7 +72,12 @@ def rounds_line(recipe: Recipe) -> str:
     parts = [f"{rounds.rule} {' and '.join(held)}, weights: {rounds.weights}"]
     if some.policy != "all":
         wanted = f"{some.count}" if some.count is not None else f"{some.share:g}"
-        parts.append(f"{some.policy} {wanted} of the clients at a time")
+        asked = f", {some.over:g} times as many asked" if some.over != 1.0 else ""
+        parts.append(f"{some.policy} {wanted} of the clients at a time{asked}")
+    if some.deadline is not None:
+        parts.append(f"waiting for at most {some.deadline:g} s")
+    if rounds.buffer.size is not None:
+        parts.append(f"{names[-1]} steps after {rounds.buffer.size} updates, and nobody waits for it")
     if rounds.secure.aggregate:
         parts.append("masked: the server right above clients sees sums alone")
     if rounds.privacy.clip is not None:

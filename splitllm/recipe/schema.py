@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from splitllm.recipe.kinds import (
     Addresses,
+    AtLeastOne,
     Betas,
     ClientCuts,
     Codec,
@@ -215,12 +216,30 @@ class OuterRecipe(Section):
 
 
 class ParticipationRecipe(Section):
-    """Which clients of a server train until its next round: all, or some that a policy draws, and how many."""
+    """Which clients of a server train until its next round: all, or some that a policy draws, and how many.
+
+    With `server.batching: continuous` `over` times as many are asked as a round wants, and those that come first count;
+    `deadline` is in seconds from a round's beginning.
+    """
 
     policy: Literal["all", "random", "poisson", "oort"] = "all"
     share: Share = 1.0
     count: Count | None = None
     minimum: Count = 1
+    over: AtLeastOne = 1.0
+    deadline: Positive | None = None
+
+
+class BufferRecipe(Section):
+    """Servers that bring to the top what they changed, and wait for nobody (FedBuff, arXiv 2106.06639).
+
+    The top steps when `size` of them have (null: all are waited for). `discount` is by how many versions of it have
+    passed meanwhile; more than `oldest` (null: any number), and an update is dropped.
+    """
+
+    size: Count | None = None
+    discount: Literal["constant", "polynomial", "hinge"] = "polynomial"
+    oldest: NonNegative | None = None
 
 
 class SecureRecipe(Section):
@@ -284,6 +303,7 @@ class RoundsRecipe(Section):
     clip_update: Positive | None = None
     reject_beyond: Positive | None = None
     participation: ParticipationRecipe = Field(default_factory=ParticipationRecipe)
+    buffer: BufferRecipe = Field(default_factory=BufferRecipe)
     secure: SecureRecipe = Field(default_factory=SecureRecipe)
     privacy: PrivacyRecipe = Field(default_factory=PrivacyRecipe)
     exchange: PlaceHere | None = None

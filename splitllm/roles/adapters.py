@@ -14,12 +14,12 @@ from transformers import PreTrainedConfig
 from splitllm.model.common import Buffer, Common
 from splitllm.model.export import load_adapter
 from splitllm.model.families import layout_of
-from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, block_of, in_model
+from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, block_of
 from splitllm.model.naming import in_text_model
 from splitllm.model.shard import Shard
 from splitllm.model.tenants import Tenants
 from splitllm.model.trainable import Trainable
-from splitllm.recipe import LoraRecipe, Recipe, client_cuts, client_names, clients_below, lora_of, own_blocks
+from splitllm.recipe import LoraRecipe, Recipe, averaged_blocks, client_cuts, clients_below, lora_of, own_blocks
 from splitllm.recipe.rounds import hides
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -66,22 +66,22 @@ class Adapters:
         if self.lanes:
             return self._in_lanes(shard, name)
         together = self._trainable(self._together(shard, self.recipe.lora))
-        own = self._of_clients(shard, name, self._own) if self._own else {}
+        own = self._of_clients(shard, name, self._own, alike=False) if self._own else {}
         return Trained(together, {client: self._trainable(parameters) for client, parameters in own.items()})
 
     def _in_lanes(self, shard: Shard, name: str) -> Trained:
         """Each client computes with parameters of its own, also where they are copies of what is common."""
-        own, copies = dict[int, Trainable](), dict[int, Parameters]()
-        for client, parameters in self._of_clients(shard, name, range(self.config.num_hidden_layers)).items():
-            mine = {n: p for n, p in parameters.items() if block_of(self.config, in_model(n)) in self._own}
-            own[client] = self._trainable(mine)
-            copies[client] = {n: p for n, p in parameters.items() if n not in mine}
+        above = range(max(self._own.stop, shard.start), shard.stop)
+        mine = self._of_clients(shard, name, self._own, alike=False)
+        copies = self._of_clients(shard, name, above, alike=True)
+        own = {client: self._trainable(parameters) for client, parameters in mine.items()}
         first = next(iter(copies.values()))
         if not first:
             return Trained(self._trainable({}), own)
-        common = Common(
-            self._trainable({n: nn.Parameter(p.detach().clone()) for n, p in first.items()}), buffer_of(self.recipe)
-        )
+        clients = len(clients_below(self.recipe, name))
+        averaged = not averaged_blocks(self.recipe, self.config.num_hidden_layers).isdisjoint(above)
+        clones = {n: nn.Parameter(p.detach().clone()) for n, p in first.items()}
+        common = Common(self._trainable(clones, prox=averaged), buffer_of(self.recipe, clients))
         lent = {client: self._trainable(parameters) for client, parameters in copies.items()}
         for copy in lent.values():
             common.lend(copy)
@@ -93,18 +93,20 @@ class Adapters:
         add_lora(shard, lora, modules, self.recipe.seed)
         return self._started(shard)
 
-    def _of_clients(self, shard: Shard, name: str, blocks: range) -> dict[int, Parameters]:
-        """One adapter for each client below a server, in these blocks."""
+    def _of_clients(self, shard: Shard, name: str, blocks: range, *, alike: bool) -> dict[int, Parameters]:
+        """One adapter for each client below a server, in these blocks: its own, or one that is like all others."""
         recipe, cuts = self.recipe, client_cuts(self.recipe)
         tenants = Tenants(shard, self.modules, blocks, recipe.seed)
         dtype, found = adapter_dtype(DTYPES[recipe.model.dtype]), dict[int, Parameters]()
         for client in clients_below(recipe, name):
-            found[client] = tenants.add(client, cuts[client], lora_of(recipe, client), dtype, self.device)
+            lora = recipe.lora if alike else lora_of(recipe, client)
+            found[client] = tenants.add(client, cuts[client], lora, dtype, self.device)
             self._start(found[client])
         return found
 
-    def _trainable(self, parameters: Mapping[str, nn.Parameter]) -> Trainable:
-        return Trainable(parameters, self.recipe.train.optimizer, self.recipe.rounds.prox, anchored=hides(self.recipe))
+    def _trainable(self, parameters: Mapping[str, nn.Parameter], *, prox: bool = True) -> Trainable:
+        pull = self.recipe.rounds.prox if prox else 0.0
+        return Trainable(parameters, self.recipe.train.optimizer, pull, anchored=hides(self.recipe))
 
     def _started(self, shard: Shard) -> Parameters:
         """The adapter that was put into a shard, where it trains, as the run starts it."""
@@ -129,9 +131,9 @@ class Adapters:
         return {} if folder is None else in_text_model(load_adapter(Path(folder))[1], layout_of(self.config))
 
 
-def buffer_of(recipe: Recipe) -> Buffer:
-    """When what is common steps; by default when as many steps have closed as there are clients."""
+def buffer_of(recipe: Recipe, clients: int) -> Buffer:
+    """When what is common steps; by default when as many steps have closed as the server has clients."""
     server, by_labels = recipe.server, recipe.train.loss_weights == "token"
     if server.step_tenants is None and server.step_tokens is None:
-        return Buffer(len(client_names(recipe)), None, by_labels)
+        return Buffer(clients, None, by_labels)
     return Buffer(server.step_tenants, server.step_tokens, by_labels)

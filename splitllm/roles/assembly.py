@@ -36,13 +36,14 @@ from splitllm.roles.admission import Admission, Room, admissions, batch_sizes
 from splitllm.roles.batcher import Alone, Synchronous
 from splitllm.roles.client import Client
 from splitllm.roles.continuous import Continuous
+from splitllm.roles.convening import Reports
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.elsewhere import Elsewhere
 from splitllm.roles.outcomes import largest
 from splitllm.roles.rounding import Rounding
 from splitllm.roles.rounds import Kept, Rounds
 from splitllm.roles.runner import Batching, Runner
-from splitllm.roles.server import Counts, LossWeights, Reports, Server, StepSums, Top, unobserved, unobserved_round
+from splitllm.roles.server import Counts, LossWeights, Server, StepSums, Top, unobserved, unobserved_round
 from splitllm.roles.together import ADAPTER_SLOT
 from splitllm.roles.worker import TENANT, Autocast, Worker
 from splitllm.wire.codecs import codec
@@ -165,7 +166,7 @@ class Assembly:
         self._holders = holders(self.recipe, layers)
         self._adapters = Adapters(self.recipe, self.checkpoint.config, self.modules, self.site.device, self.lanes)
         self.roles = Roles(local=goes_by_rounds(self.recipe))
-        self.rounding = Rounding(self.recipe, self.checkpoint.config, self.modules)
+        self.rounding = Rounding(self.recipe, self.checkpoint.config, self.modules, self.lanes)
         self._bare: dict[tuple[int, tuple[int, int]], Shard] = {}
 
     def build(self) -> Roles:
@@ -275,9 +276,11 @@ class Assembly:
         self.roles.workers.setdefault(self.tiers[tier], {})[name] = worker
         return worker
 
-    def rounds(self, name: str, level: int, worker: Worker | None, entries: Mapping[int, int]) -> Rounds | None:
-        """A role's part in rounds, if there are any."""
-        found = self.rounding.of(name, level, worker, entries)
+    def rounds(
+        self, name: str, level: int, worker: Worker | None, entries: Mapping[int, int], lane: int | None = None
+    ) -> Rounds | None:
+        """A role's part in rounds, if there are any; `lane` as in `Rounding.of`."""
+        found = self.rounding.of(name, level, worker, entries, lane)
         self.roles.rounds += [] if found is None else [found]
         return found
 

@@ -216,6 +216,22 @@ def _round(allowed: Allowed, child: Child, message: Message) -> None:
     _need(are_reports(message.header.get("reports", [])), message, "reports that are none")
     if bounds.level == 1 and message.header.get("spoiled") is True and not message.tensors:
         return
+    if bounds.lanes and bounds.level > 1:
+        _need(not message.tensors, message, "tensors, where only weights are due")
+        return
+    fault = bounds.value_fault(message.step, message.tensors, child.averaged)
+    _need(fault is None, message, str(fault))
+
+
+def _merge(allowed: Allowed, child: Child, message: Message) -> None:
+    bounds = allowed.rounds
+    due = bounds is not None and bounds.lanes and 1 < bounds.level <= bounds.due(message.step)
+    _need(due, message, f"step {message.step}, where no round is due")
+    assert bounds is not None
+    for client, count in _mapping(message, "weights").items():
+        _need(_is_client(client, child), message, f"weights of client {client[:20]!r}, which is not below it")
+        _need(are_weights([count], 1), message, f"weights of client {client} that are none")
+    _need(_whole(message.header.get("version"), 0, 1 << 53), message, "no version")
     fault = bounds.value_fault(message.step, message.tensors, child.averaged)
     _need(fault is None, message, str(fault))
 
@@ -258,7 +274,7 @@ def _diverged(_allowed: Allowed, _child: Child, message: Message) -> None:
     _need(fits, message, "words that are no line")
 
 
-_WITH_TENSORS = frozenset({"share", "forward", "backward", "close", "secure", "round", "finish"})
+_WITH_TENSORS = frozenset({"share", "forward", "backward", "close", "secure", "round", "merge", "finish"})
 _CHECKS: dict[str, Callable[[Allowed, Child, Message], None]] = {
     "join": _join,
     "share": _share,
@@ -268,6 +284,7 @@ _CHECKS: dict[str, Callable[[Allowed, Child, Message], None]] = {
     "close": _close,
     "secure": _secure,
     "round": _round,
+    "merge": _merge,
     "evaluated": _evaluated,
     "finish": _finish,
     "diverged": _diverged,

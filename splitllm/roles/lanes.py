@@ -17,8 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from splitllm.errors import CheckpointError, DivergedError, PeerError, RejoinError, SplitLLMError
+from splitllm.roles.buffered import BufferedHall
 from splitllm.roles.checks import LONGEST_WORDS
 from splitllm.roles.gate import Gate
+from splitllm.roles.hall import Hall
+from splitllm.roles.merging import MergeDoor
 from splitllm.roles.parking import Parking
 from splitllm.roles.runner import Batching
 from splitllm.wire.message import Message
@@ -54,6 +57,8 @@ class Lanes:
         batching: what all lanes share.
         park_after: seconds after which the adapter of an idle lane leaves the device for host memory; None: never.
         over: told of a client whose values are not finite: its lane ends without an adapter.
+        hall: where members of rounds come, if there are any.
+        merges: what other servers bring of theirs.
 
     Attributes:
         children: names of the roles below.
@@ -67,8 +72,11 @@ class Lanes:
         batching: Batching,
         park_after: float | None = None,
         over: Callable[[int], None] = lambda client: None,
+        hall: Hall | BufferedHall | None = None,
+        merges: MergeDoor | None = None,
     ) -> None:
         self.gates, self.batching, self._tell_of = dict(gates), batching, over
+        self._hall, self._merges = hall, merges
         self._parking = Parking(self.gates, park_after)
         self._lanes = Counter(child for gate in gates.values() for child in gate.children)
         self.children = list(self._lanes)
@@ -85,6 +93,8 @@ class Lanes:
             LaneError: there is no state from which that lane could go on.
             DivergedError: that lane's values are not finite: it ends, and no other.
         """
+        if message.kind == "merge":
+            return await self._merging(message).handle(message)
         gate, client = self._gate(message), message.micro_batch[1]
         try:
             with self._parking.busy(client):
@@ -108,6 +118,9 @@ class Lanes:
         Raises:
             PeerError: it is not allowed, or the lane is not below its sender.
         """
+        if message.kind == "merge":
+            self._merging(message).check(message)
+            return
         gate = self._gate(message)
         if not self._carries_others(message.sender):
             gate.check(message)
@@ -115,10 +128,14 @@ class Lanes:
     def away(self, child: str) -> None:
         """The connection of a child is gone."""
         self._each(child, lambda gate: gate.away(child))
+        if isinstance(self._hall, Hall):
+            self._hall.away(child)
 
     def back(self, child: str) -> None:
         """A child is connected."""
         self._each(child, lambda gate: gate.back(child))
+        if isinstance(self._hall, Hall):
+            self._hall.back(child)
 
     def left(self, child: str) -> None:
         """A child has said goodbye."""
@@ -134,6 +151,11 @@ class Lanes:
         gate.finished.set()
         for child in gate.children:
             gate.left(child)
+
+    def _merging(self, message: Message) -> MergeDoor:
+        if self._merges is None or message.sender not in self.children:
+            raise PeerError(f"{message.sender} sent merge, where nobody merges")
+        return self._merges
 
     def _gate(self, message: Message) -> Gate:
         gate = self.gates.get(message.micro_batch[1])
@@ -155,6 +177,8 @@ class Lanes:
         logger.warning("this client has diverged", extra={"fields": {"client": client, "reason": str(error)}})
         gate.end("its values are not finite")
         self.wait_no_more(client)
+        if self._hall is not None:
+            self._hall.over(client)
         self._tell_of(client)
         if message.kind == "diverged" and gate.server.uplink is not None:
             task = asyncio.create_task(_tell_above(gate, client, error))

@@ -58,11 +58,11 @@ class Participation:
     rounds_held: int = 0
 
     def __post_init__(self) -> None:
-        """Nobody counts yet."""
+        """Nobody is asked yet."""
         self._levels = len(intervals(self.recipe))
-        self._counts = {client: [0.0] * self._levels for client in self.names}
         self._asked: tuple[int, frozenset[int]] = (-1, frozenset())
         self._lessons: dict[int, Lesson] = {}
+        self.begin_anew()
         self._opened = 0.0
 
     def asked(self, step: int) -> frozenset[int]:
@@ -130,6 +130,15 @@ class Participation:
         waited = max((lesson.seconds for lesson in lessons.values()), default=0.0)
         if self.recipe.rounds.participation.policy == "oort":
             self.history = recorded(self.history, self._asked[0], reports, missing, waited)
+        self._lessons = {}
+
+    def lesson(self, client: int) -> Lesson:
+        """What a client has told in the steps since the last round."""
+        return self._lessons.get(client, Lesson())
+
+    def begin_anew(self) -> None:
+        """Nobody counts yet, as after a round of all levels."""
+        self._counts = {client: [0.0] * self._levels for client in self.names}
         self._lessons = {}
 
     def state(self) -> Tensors:

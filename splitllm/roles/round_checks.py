@@ -32,6 +32,7 @@ class RoundBounds:
         anew: whether that is all that is left of an average, and adapters start anew.
         moments: whether the optimiser's moments travel.
         words: of what clients add to a sum, instead of values; None: they send values.
+        lanes: whether clients go at their own pace, so that servers average apart from their steps.
     """
 
     levels: int
@@ -43,6 +44,7 @@ class RoundBounds:
     anew: bool
     moments: bool
     words: torch.dtype | None = None
+    lanes: bool = False
 
     @property
     def counted(self) -> str:

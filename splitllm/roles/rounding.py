@@ -53,19 +53,23 @@ class Rounding:
         recipe: the run's.
         config: of the whole text model.
         modules: what LoRA adapts.
+        lanes: whether clients have lanes, and are averaged in halls.
     """
 
     recipe: Recipe
     config: PreTrainedConfig
     modules: Sequence[str]
+    lanes: bool = False
 
     def local(self, entries: Mapping[int, int]) -> Local | None:
-        """How a role steps by itself; None where roles step together."""
-        if not goes_by_rounds(self.recipe):
+        """How a role steps by itself; None where roles step together, or those of one lane do."""
+        if not goes_by_rounds(self.recipe) or self.lanes:
             return None
         return Local(self._block, entries, self.recipe.train.clip_norm)
 
-    def of(self, name: str, level: int, worker: Worker | None, entries: Mapping[int, int]) -> Rounds | None:
+    def of(
+        self, name: str, level: int, worker: Worker | None, entries: Mapping[int, int], lane: int | None = None
+    ) -> Rounds | None:
         """A role's part.
 
         Args:
@@ -73,12 +77,15 @@ class Rounding:
             level: 0 for clients, 1 for those right above them.
             worker: its shard.
             entries: client -> its cut layer, where that is above the first block here.
+            lane: the client whose part it is alone; None: that of all.
         """
         if not goes_by_rounds(self.recipe):
             return None
-        averager = self._averager(top=level == len(intervals(self.recipe))) if level else None
-        participation = Participation(self.recipe, self._below(name, worker)) if level == 1 else None
-        if worker is not None and averager is not None:
+        averager = self._averager(level) if level and lane is None else None
+        below = self._below(name, worker)
+        mine = below if lane is None else {lane: below[lane]}
+        participation = Participation(self.recipe, mine) if level == 1 else None
+        if worker is not None and level:
             worker.kept = Kept(averager, participation)
         client = tier_of(self.recipe, name)[1] if level == 0 else None
         return Rounds(
@@ -92,11 +99,29 @@ class Rounding:
             block=self._block,
             blocks=averaged_blocks(self.recipe, self.config.num_hidden_layers),
             entries=entries,
-            groups=self._groups(name, level) if worker is not None else {},
+            groups=self._groups(name, level) if worker is not None and lane is None else {},
             names=client_names(self.recipe),
             stops=self._stops(name, level, worker),
             participation=participation,
             hiding=self._hiding(name, level, worker),
+        )
+
+    def in_hall(self, name: str, level: int) -> Rounds:
+        """What averages for all lanes of a server, which bring what is trained there as well."""
+        start = self._arithmetic.sent(self._start(), scaling_of(self.recipe.lora))
+        averager = self._averager(level)
+        return Rounds(
+            self.recipe,
+            name,
+            level,
+            None,
+            self._arithmetic,
+            Averager(averager.arithmetic, averager.limits, averager.outer, start),
+            scale=lambda other: scaling_of(self._lora(other)),
+            block=self._block,
+            blocks=averaged_blocks(self.recipe, self.config.num_hidden_layers),
+            names=client_names(self.recipe),
+            stops={child: stop for child, stop in self._all_stops().items() if child in children_of(self.recipe, name)},
         )
 
     def _hiding(self, name: str, level: int, worker: Worker | None) -> Hiding | None:
@@ -141,9 +166,11 @@ class Rounding:
     def _stops(self, name: str, level: int, worker: Worker | None) -> dict[str, int]:
         if not level:
             return {}
-        bounds = role_bounds(self.recipe, self.config.num_hidden_layers)
         children = client_names(self.recipe) if worker is None else children_of(self.recipe, name)
-        return {child: bounds[child][1] for child in children}
+        return {child: self._all_stops()[child] for child in children}
+
+    def _all_stops(self) -> dict[str, int]:
+        return {name: stop for name, (_, stop) in role_bounds(self.recipe, self.config.num_hidden_layers).items()}
 
     def _lora(self, client: int | None) -> LoraRecipe:
         return self.recipe.lora if client is None else lora_of(self.recipe, client)
@@ -153,7 +180,8 @@ class Rounding:
         rounds = self.recipe.rounds
         return Arithmetic(rounds.rule, scaling_of(self.recipe.lora), rounds.trim)
 
-    def _averager(self, *, top: bool) -> Averager:
+    def _averager(self, level: int) -> Averager:
+        top = level == len(intervals(self.recipe))
         rules = replace(self._rules, outer=self._rules.outer if top else None)
         start = starting(self._start()) if rules.look_at_changes or hides(self.recipe) else {}
         return Averager(rules.arithmetic, rules.limits, rules.outer, start)

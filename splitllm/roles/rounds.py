@@ -35,17 +35,19 @@ Weights = dict[int, list[float]]
 class Kept:
     """What a server keeps of rounds beside its adapter."""
 
-    averager: Averager
+    averager: Averager | None
     participation: Participation | None
 
     def state(self) -> Tensors:
         """All that a resumed run needs."""
         taking_part = self.participation.state() if self.participation is not None else {}
-        return self.averager.state() | {PART + key: tensor for key, tensor in taking_part.items()}
+        averager = self.averager.state() if self.averager is not None else {}
+        return averager | {PART + key: tensor for key, tensor in taking_part.items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Be as a `state()` tells."""
-        self.averager.load({key: tensor for key, tensor in tensors.items() if not key.startswith(PART)})
+        if self.averager is not None:
+            self.averager.load({key: tensor for key, tensor in tensors.items() if not key.startswith(PART)})
         if self.participation is not None:
             self.participation.load({k.removeprefix(PART): t for k, t in tensors.items() if k.startswith(PART)})
 
@@ -97,8 +99,9 @@ class Rounds:
         if self.worker is None:
             return
         side = side_that_trains(self.recipe, step)
-        for holder in self._holders():
-            holder.trainable.train_only(side)
+        lent = [] if self.worker.common is None else [self.worker.trainable]
+        for trainable in [*lent, *(holder.trainable for holder in self._holders())]:
+            trainable.train_only(side)
 
     def value(self, due: int) -> Tensors:
         """What a client sends up."""
@@ -142,11 +145,14 @@ class Rounds:
 
     def summed_tensors(self, steps: int) -> Tensors:
         """What clients add up in a round, as it was handed out last."""
+        return self.handed(steps, min(self.stops.values()))
+
+    def handed(self, steps: int, stop: int) -> Tensors:
+        """What was handed out last of that which a round after so many steps averages below block `stop`."""
         assert self.averager is not None
-        side, stop = side_that_trains(self.recipe, steps - 1), min(self.stops.values())
-        given = self.averager.given().items()
-        names = {key: tensor for key, tensor in given if self._is_summed(key.partition("/")[2], stop)}
-        return {key: tensor for key, tensor in names.items() if side is None or f".lora_{side}." in key}
+        side, given = side_that_trains(self.recipe, steps - 1), self.averager.given().items()
+        found = {key: tensor for key, tensor in given if self._is_below(key.partition("/")[2], stop)}
+        return {key: tensor for key, tensor in found.items() if side is None or f".lora_{side}." in key}
 
     def sum_of(self, messages: Sequence[Message]) -> Words:
         """Of words that are not masked."""
@@ -154,7 +160,7 @@ class Rounds:
         size = sum(tensor.numel() for tensor in self.summed_tensors(messages[0].step).values())
         return summed(messages, self.hiding.fixed.dtype, size)
 
-    def _is_summed(self, name: str, stop: int) -> bool:
+    def _is_below(self, name: str, stop: int) -> bool:
         return self.block(name) in self.blocks and self.block(name) < stop
 
     def take(self, value: Mapping[str, torch.Tensor], due: int, steps: int) -> None:
@@ -242,6 +248,10 @@ class Rounds:
         frozen = self.worker.frozen if self.worker is not None else None
         return tensors | (frozen.whole() if frozen is not None else {})
 
+    def scaled(self, tensors: Tensors) -> Tensors:
+        """What several clients train in common, as `adapter` has the rest."""
+        return {n.removeprefix(ADAPTER): t for n, t in self.arithmetic.sent(tensors, self.scale(None)).items()}
+
     def average_groups(self, weights: Weights, due: int) -> None:
         """A round of a lower level: what is trained here for its clients is averaged group by group."""
         own = {holder.client: holder for holder in self._holders() if holder.client is not None}
@@ -309,7 +319,8 @@ class Rounds:
         if self.worker is None:
             return []
         together, frozen, own = self.worker.trainable, self.worker.frozen, self.worker.own.items()
-        mine = [Holder(self.name, together, self.scale(None), None, frozen)] if together.parameters else []
+        by_itself = together.parameters and self.worker.common is None  # else it is a copy
+        mine = [Holder(self.name, together, self.scale(None), None, frozen)] if by_itself else []
         beside = frozen if self.level == 0 else None  # of a server's clients nothing is frozen
         return mine + [Holder(self.names[c], each, self.scale(c), c, beside) for c, each in own]
 

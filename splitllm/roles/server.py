@@ -6,7 +6,6 @@ Shape suffixes: T real tokens of a micro-batch, N labelled positions, D hidden w
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,21 +13,22 @@ from typing import Any
 
 import torch
 
-from splitllm.errors import PeerError, VoidRoundError
+from splitllm.errors import PeerError
 from splitllm.model.common import Gift
 from splitllm.model.joined import Rows
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.trainable import Tensors
 from splitllm.roles.batcher import Alone
 from splitllm.roles.closing import Closing, Settled, apply, scale_of, settle
+from splitllm.roles.convening import Convener, Reports
 from splitllm.roles.device import Device, Inline
 from splitllm.roles.elsewhere import Elsewhere
+from splitllm.roles.hall import Hall
+from splitllm.roles.in_lane import InLane
 from splitllm.roles.local import Local, LocalStep
-from splitllm.roles.masked import MaskedRounds
 from splitllm.roles.meeting import Meeting
-from splitllm.roles.outcomes import Outcome, is_void, outcome_in
 from splitllm.roles.questions import LossAsk, Upward, labelled
-from splitllm.roles.rounds import Rounds, Weights
+from splitllm.roles.rounds import Rounds
 from splitllm.roles.runner import Batching, Runner
 from splitllm.roles.together import (
     Crossed,
@@ -62,9 +62,6 @@ class StepSums:
     losses: Mapping[int, Sequence[Any]]
     crossed: Mapping[str, Sequence[int]]
     norm: float
-
-
-Reports = list[dict[str, Any]]
 
 
 def unobserved_round(_steps: int, _reports: Reports) -> None:
@@ -115,6 +112,8 @@ class Server:
         traffic: what of the bytes that cross its uplink is told of it; None: all.
         local: how it steps by itself between rounds; None: with all others.
         rounds: its part of them.
+        lane: whether it serves one client, which goes at its own pace, and has its rounds in a hall or further down.
+        hall: of the server that is right above clients with a lane each.
         commit: called with the number of steps done and the generation, once a step is applied and before anybody is
             told. What it returns is called beside the device, and waited for, too.
 
@@ -138,13 +137,15 @@ class Server:
         traffic: Traffic | None = None,
         local: Local | None = None,
         rounds: Rounds | None = None,
+        lane: bool = False,
+        hall: Hall | None = None,
         commit: Commit = no_commit,
     ) -> None:
         assert (uplink is None) != (top is None), "a server has a role above it or is the top"
         self.name, self.worker, self.uplink, self.top = name, worker, uplink, top
         self.summed, self.entries, self.schedule = frozenset(summed), entries or {}, schedule
         self.device, self.commit = device or Inline(), commit
-        self.local, self.rounds = local, rounds
+        self.local, self.rounds, self._lane, self._hall = local, rounds, lane, hall
         self.batching = batching or (Alone(Runner(worker, self.device)) if worker is not None else None)
         self.crossed = Crossed(traffic or (uplink.traffic if uplink is not None else Traffic()))
         self._waiting: dict[MicroBatchId, tuple[Pass, torch.Tensor, int]] = {}
@@ -159,7 +160,7 @@ class Server:
         """Start afresh with these children: whatever was under way is forgotten."""
         self.generation = generation
         self._opening, self._closing = Meeting(children, self._open), Meeting(children, self._close)
-        self._rounding, self._masking = Meeting(children, self._round), MaskedRounds(self.rounds, self.message)
+        self._convener = self._convened(children)
         self._weights: LossWeights = {}
         self._scales: dict[int, float] = {}
         self._labels: dict[int, int] = {}
@@ -169,6 +170,11 @@ class Server:
         self._waiting = {}
         self._due: dict[MicroBatchId, str] = {}
         self._begun: set[MicroBatchId] = set()
+
+    def _convened(self, children: Sequence[str]) -> Convener | InLane | None:
+        if self.rounds is None:
+            return None
+        return InLane(self, self.rounds, self._hall) if self._lane else Convener(self, self.rounds, children)
 
     async def handle(self, message: Message) -> Message:
         """Answer one request.
@@ -180,13 +186,11 @@ class Server:
             return await self._opening.join(message)
         if message.kind == "close":
             self._check_done(message)
-            if self.rounds is not None and self.rounds.participation is not None:
-                self.rounds.participation.closed(message.micro_batch[1])
+            if self._convener is not None:
+                self._convener.closed(message.micro_batch[1])
             return await self._closing.join(message)
-        if message.kind == "round":
-            return await self._rounding.join(message)
-        if message.kind == "secure":
-            return await self._masking.phase(message)
+        if message.kind in ("round", "secure") and self._convener is not None:
+            return await self._convener.hold(message)
         if message.kind == "forward":
             return await self._forward(message)
         if message.kind == "backward":
@@ -208,7 +212,7 @@ class Server:
     async def _open(self, messages: list[Message]) -> Callable[[Message], Message]:
         counts: Counts = {}
         step, due = messages[0].step, dict[MicroBatchId, str]()
-        asked = self._asked(step)
+        asked = self._convener.asked(step) if self._convener is not None else None
         for message in messages:
             own = {int(client): list(labels) for client, labels in message.header["labels"].items()}
             own = {client: labels if asked is None or client in asked else [] for client, labels in own.items()}
@@ -219,8 +223,6 @@ class Server:
         self._labels = {client: sum(labels) for client, labels in counts.items()}
         self._scales = {client: scale_of(self._weights[client], labels) for client, labels in self._labels.items()}
         self._tokens = dict.fromkeys(counts, 0)
-        if self.rounds is not None:
-            self.rounds.begin(step)
         if self.worker is not None and self.batching is not None:
             self.worker.expect(list(due))
             self.batching.expect(list(due))
@@ -233,13 +235,6 @@ class Server:
             return self.message("open", message.micro_batch, told)
 
         return reply
-
-    def _asked(self, step: int) -> frozenset[int] | None:
-        """Who takes part in a step, where that is decided here."""
-        if self.rounds is None or self.rounds.participation is None:
-            return None
-        self.rounds.participation.opened()
-        return self.rounds.participation.asked(step)
 
     async def _loss_weights(self, message: Message, counts: Counts) -> LossWeights:
         if self.top is not None:
@@ -364,8 +359,8 @@ class Server:
             norm = None if mine is None else (self.name, mine.norm)
             closing.hand_in(self.worker, self.summed, self._scales, norm)
         settled = await self._settle(messages[0], closing)
-        if self.rounds is not None and self.rounds.participation is not None:
-            self.rounds.participation.count(self._labels, closing.losses)
+        if self._convener is not None:
+            self._convener.count(self._labels, closing.losses)
         await self._apply(step, settled, self._gift(step), mine)
 
         def reply(message: Message) -> Message:
@@ -388,90 +383,12 @@ class Server:
 
     async def _apply(self, step: int, settled: Settled, gift: Gift | None, mine: LocalStep | None) -> None:
         """One optimiser step and, unless a round belongs to it, its commit; the device does not wait for the disk."""
-        round_follows = self.rounds is not None and self.rounds.due(step + 1) > 0
+        round_follows = self._convener is not None and self._convener.follows(step + 1)
 
         def job() -> Callable[[], None] | None:
             if self.worker is not None:
                 apply(self.worker, settled, self.schedule(step), gift, mine)
             return None if round_follows else self.commit(step + 1, self.generation)
-
-        write = await self.device.run(job)
-        if write is not None:
-            await asyncio.to_thread(write)
-
-    # A round ends a step: adapters go up as far as one is due, and what all go on from comes down.
-
-    async def _round(self, messages: list[Message]) -> Callable[[Message], Message]:
-        assert self.rounds is not None, "only where rounds are due is one asked for"
-        rounds, steps = self.rounds, messages[0].step
-        due, weights = rounds.due(steps), rounds.weights_in(messages)
-        reports: Reports = [report for message in messages for report in message.header.get("reports", [])]
-        averages, made = rounds.level <= due, Outcome(None, {}, 0)
-        if averages:
-            made = await self.device.run(lambda: self._average(rounds, messages, weights))
-            reports.append(rounds.report(made))
-            weights = rounds.of_used(weights, messages, made)
-        else:
-            await self.device.run(lambda: rounds.average_groups(weights, due))
-        outcome = await self._outcome(rounds, messages, made, weights, reports)
-        if averages and rounds.level == due:
-            outcome = None if outcome is None else rounds.settled(outcome)
-        if rounds.participation is not None and outcome is not None:
-            rounds.participation.held(due, steps - 1, list(made.rejected), rounds.examples_in(messages))
-        await self._go_on(steps, outcome, due)
-        void, value = averages and outcome is None, outcome or {}
-
-        def reply(message: Message) -> Message:
-            tensors = {name: tensor for name, tensor in value.items() if rounds.concerns(name, message.sender)}
-            return self.message("round", message.micro_batch, {"void": void}, tensors)
-
-        return reply
-
-    def _average(self, rounds: Rounds, messages: list[Message], weights: Weights) -> Outcome:
-        steps = messages[0].step
-        if rounds.hiding is None:
-            children = [(m.sender, rounds.clients_in(m), dict(m.tensors)) for m in messages]
-            spoiled = [message.sender for message in messages if message.header.get("spoiled")]
-            return rounds.average(children, weights, rounds.due(steps), spoiled)
-        there = [m for m in messages if any(weights[client][0] > 0 for client in rounds.clients_in(m))]
-        try:
-            words = self._masking.total(there) if rounds.hiding.threshold else rounds.sum_of(there)
-        except VoidRoundError as error:
-            return Outcome(None, {}, 0, str(error))
-        return rounds.average_hidden(words, weights, rounds.due(steps), steps)
-
-    async def _outcome(
-        self, rounds: Rounds, messages: list[Message], made: Outcome, weights: Weights, reports: Reports
-    ) -> Tensors | None:
-        """What all go on from, asked above if it is due there; None where the round is void, or none of this level."""
-        steps, own = messages[0].step, None if made.combined is None else made.combined.value
-        due = rounds.due(steps)
-        goes_up = rounds.level < due
-        if goes_up and own is None:
-            own = rounds.uncounted(messages)
-        sent = dict(own) if goes_up and own is not None else {}
-        if self.top is None:
-            assert self.uplink is not None
-            header = {"weights": weights, "reports": reports}
-            reply = await self.uplink.request(self.message("round", messages[0].micro_batch, header, sent))
-            if goes_up:
-                return None if is_void(reply) else outcome_in(reply, sent, rounds.arithmetic)
-        else:
-            self.top.observe_round(steps, reports)
-            if goes_up:
-                assert self.top.elsewhere is not None, "no level is above a top but that of all sites"
-                return await self.top.elsewhere.outcome(steps, math.fsum(each[-1] for each in weights.values()), sent)
-        return None if made.void or own is None else dict(own)
-
-    async def _go_on(self, steps: int, outcome: Tensors | None, due: int) -> None:
-        """Take what the round has made, if it counts, and commit the step that it belongs to."""
-        rounds = self.rounds
-        assert rounds is not None
-
-        def job() -> Callable[[], None] | None:
-            if rounds.level <= due and outcome is not None:
-                rounds.take(outcome, due, steps)
-            return self.commit(steps, self.generation)
 
         write = await self.device.run(job)
         if write is not None:

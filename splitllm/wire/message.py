@@ -12,11 +12,12 @@ Tensors hold real tokens only, never padding. Suffixes: T real tokens of a micro
 | close | squared norms, the replicas' summed gradients, losses | total norm, factors, the sums over all replicas |
 | secure | of a client, what hides its words in the sum of a round | what the others sent of that |
 | round | adapters and what they weigh, as far up as averages are due | what all holders go on from |
+| merge | of a server whose clients go at their own pace, what their rounds have made | what it goes on from |
 | evaluated | held-out losses of every client | |
 | finish | the adapters of the tiers below | |
 | diverged | in words what is not finite | never an answer: the run is over |
 
-Roles of one process need no `join`, `share`, `evaluated`, `finish` and `diverged`.
+Roles of one process need no `join`, `share`, `merge`, `evaluated`, `finish` and `diverged`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,18 @@ from typing import Any, Literal, get_args
 import torch
 
 Kind = Literal[
-    "join", "share", "open", "forward", "backward", "close", "secure", "round", "evaluated", "finish", "diverged"
+    "join",
+    "share",
+    "open",
+    "forward",
+    "backward",
+    "close",
+    "secure",
+    "round",
+    "merge",
+    "evaluated",
+    "finish",
+    "diverged",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 TOGETHER = frozenset({"join", "share", "open", "close", "secure", "round", "evaluated", "finish"})

@@ -64,6 +64,12 @@ def with_ports(path: Path, *words: str) -> Recipe:
     return load_recipe(path, [ports, *words])
 
 
+def with_edges(path: Path, *words: str) -> Recipe:
+    """The same of two edges."""
+    ports = ", ".join(f"{name}: 127.0.0.1:{free_port()}" for name in ("edge-0", "edge-1", "cloud"))
+    return load_recipe(path, [f"wire.addresses={{{ports}}}", *words])
+
+
 @asynccontextmanager
 async def deployed(recipe: Recipe, folder: Path, tamper: Tamper | None = None) -> Any:
     """All roles; yields the task of each."""

@@ -112,3 +112,44 @@ def test_a_buffer_steps_at_the_mean_of_its_learning_rates() -> None:
         common.give(Gift(client, 0, 1 + 2 * client, 1), found[client], 1.0, rate)
     alone.apply({"a": (found[0]["a"] + 3 * found[1]["a"]) / 4}, 1.0, 0.75)
     torch.testing.assert_close(common.adapter()["a"], alone.parameters["a"].detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_it_goes_on_from_what_a_round_made_of_it_and_keeps_what_came_meanwhile() -> None:
+    common = Common(trainable(), Buffer(1))
+    give(common, 0, 0)
+    before = common.adapter()
+    made = {"a": before["a"] + 10.0}
+    common.go_on(before, made, 5)
+    assert torch.equal(common.adapter()["a"], made["a"])
+    sent = common.adapter()
+    give(common, 1, 0)
+    moved = common.adapter()["a"] - sent["a"]
+    assert bool(moved.any())
+    common.go_on(sent, {"a": sent["a"] - 3.0}, 10)
+    torch.testing.assert_close(common.adapter()["a"], sent["a"] - 3.0 + moved, rtol=0, atol=1e-12)
+    now = common.adapter()["a"].clone()
+    common.go_on(sent, {"a": sent["a"] * 7.0}, 10)  # the same round again, after a restart
+    assert torch.equal(common.adapter()["a"], now)
+
+
+def test_after_its_last_round_nothing_more_is_added_and_a_restart_knows_so() -> None:
+    common = Common(trainable(), Buffer(1))
+    give(common, 0, 0)
+    common.go_on(common.adapter(), common.adapter(), 8, last=True)
+    end = common.adapter()["a"].clone()
+    give(common, 1, 0)
+    assert torch.equal(common.adapter()["a"], end) and common.given == {0: 1, 1: 1}
+    other = Common(trainable(), Buffer(1))
+    other.load(*common.state())
+    give(other, 2, 0)
+    assert torch.equal(other.adapter()["a"], end)
+
+
+def test_a_round_may_make_it_forget_its_moments() -> None:
+    kept, reset = Common(trainable(), Buffer(1)), Common(trainable(), Buffer(1))
+    for common in (kept, reset):
+        give(common, 0, 0)
+    for common, forgets in ((kept, False), (reset, True)):
+        common.go_on(common.adapter(), common.adapter(), 1, reset=forgets)
+    assert any(key.startswith("exp_avg/") for key in kept.state()[0])
+    assert not any(key.startswith("exp_avg/") for key in reset.state()[0])

@@ -28,6 +28,11 @@ COUNTED = {  # another value of every key that must be equal on all machines
     "server.starve": 5.0,
     "server.gradient_wait": 0.25,
     "server.park_after": 9.0,
+    "rounds.participation.over": 2.0,
+    "rounds.participation.deadline": 9.0,
+    "rounds.buffer.size": 2,
+    "rounds.buffer.discount": "hinge",
+    "rounds.buffer.oldest": 3,
     "lora.rank": 4,
     "lora.alpha": 8,
     "lora.dropout": 0.5,
@@ -118,6 +123,7 @@ LOCAL = {  # and of every key that may differ
 }
 AT_THEIR_OWN_PACE = ["server.batching=continuous", "lora.adapters=common", "split.tiers={client: 4, edge: 1, cloud: 1}"]
 ROUNDS = ["rounds.replicas=local", "rounds.cloud_every=5", "rounds.weights=equal"]
+PACED = [*ROUNDS, "server.batching=continuous", "lora.adapters=common", "split.tiers={client: 4, edge: 2, cloud: 1}"]
 TOGETHER = {  # what a key above cannot be without
     "data.partition.field": ["data.partition={by: field, field: kind}"],
     "data.partition.alpha": ["data.partition={by: dirichlet, field: topic, alpha: 1.0}"],
@@ -133,16 +139,12 @@ TOGETHER = {  # what a key above cannot be without
     **{f"rounds.secure.{key}": [*ROUNDS, "rounds.secure.aggregate=true"] for key in ("threshold", "range", "bits")},
     **{f"rounds.privacy.{key}": [*ROUNDS, "rounds.privacy.clip=1.0"] for key in ("noise", "delta")},
     "rounds.exchange": ["rounds.replicas=local", "rounds.cloud_every=5", "rounds.exchange=unix:/one"],
-    "server.step_tenants": [
-        "server.batching=continuous",
-        "lora.adapters=common",
-        "split.tiers={client: 4, edge: 1, cloud: 1}",
-    ],
-    "server.step_tokens": [
-        "server.batching=continuous",
-        "lora.adapters=common",
-        "split.tiers={client: 4, edge: 1, cloud: 1}",
-    ],
+    "server.step_tenants": AT_THEIR_OWN_PACE,
+    "server.step_tokens": AT_THEIR_OWN_PACE,
+    "rounds.participation.over": [*PACED, "rounds.participation.policy=random"],
+    "rounds.participation.deadline": PACED,
+    "rounds.buffer.size": PACED,
+    **{f"rounds.buffer.{key}": [*PACED, "rounds.buffer.size=1"] for key in ("discount", "oldest")},
 }
 
 

@@ -245,7 +245,7 @@ def _unlike(value: Any, junk: Any) -> bool:
 @pytest.mark.parametrize("labels", ["client", "cloud"])
 def test_every_corrupt_tensor_is_refused(labels: str) -> None:
     checked, found = recorded(labels)
-    unseen = {"share", "diverged", "secure", "round"} | ({"backward"} if labels == "cloud" else set())
+    unseen = {"share", "diverged", "secure", "round", "merge"} | ({"backward"} if labels == "cloud" else set())
     assert {kind for kind, _ in found} == set(KINDS) - unseen
     for message in found.values():
         for name, tensor in message.tensors.items():

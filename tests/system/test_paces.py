@@ -1,0 +1,135 @@
+"""Rounds of clients at their own pace: real roles over gRPC in one event loop, and as processes that are killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from splitllm.metrics import read_records
+from splitllm.recipe import Recipe, load_recipe
+from splitllm.train import train
+from tests.deployment.lanes import deployed as deployed_here
+from tests.deployment.lanes import with_edges
+from tests.faults.deployment import deployed
+from tests.processes import ROOT
+from tests.system.test_rounds import CLIENTS, EVERY, LEARNS, POISONED, SLOW, STEPS, Crawl, start
+from tests.tiny import write_recipe
+
+pytestmark = pytest.mark.system
+
+EXACT = (
+    "split.tiers={client: 4, edge: 2, cloud: 1}",
+    "train.steps=6",
+    "train.batch_size=1",
+    "train.clip_norm=1000",
+    "train.optimizer={name: sgd, lr: 0.5}",
+    "model.dtype=float64",
+    "model.dropout=0",
+    "lora.adapters=common",
+    "server.batching=continuous",
+    "rounds={replicas: local, edge_every: 1, cloud_every: 1}",
+)
+PACED = ("lora.adapters=common", "server.batching=continuous", "server.gradient_wait=0.02")
+
+
+async def ended(recipe: Recipe, folder: Path) -> None:
+    async with deployed_here(recipe, folder) as tasks:
+        await asyncio.wait_for(asyncio.gather(*tasks.values()), 120)
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def rounds_of(run: Path) -> list[dict[str, Any]]:
+    return [record for record in read_records(run / "metrics.jsonl") if record["event"] == "round"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("split.client_cuts={client-1: 2, client-2: 2}", "split.cuts=[1, 3]"),
+        ("rounds.rule=ffa", "rounds.outer={name: fedavgm, lr: 0.7}", "rounds.prox=0.1"),
+        ("rounds.rule=hetlora", "lora.clients={client-1: {rank: 2}}", "rounds.weights=equal"),
+    ],
+    ids=["one cut", "two cuts", "outer", "ranks"],
+)
+def test_where_all_are_in_time_it_is_the_adapter_of_one_process(tmp_path: Path, options: tuple[str, ...]) -> None:
+    recipe = with_edges(write_recipe(tmp_path), *EXACT, *options)
+    asyncio.run(ended(recipe, tmp_path / "run"))
+    train(recipe, tmp_path / "whole")
+    found, expected = adapter(tmp_path / "run" / "cloud"), adapter(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert float((found[key] - tensor).abs().max()) <= 1e-11, key
+    ours, theirs = (rounds_of(run) for run in (tmp_path / "run" / "cloud", tmp_path / "whole"))
+    said = [sorted((each["step"], each["role"]) for each in each_run) for each_run in (ours, theirs)]
+    assert said[0] == said[1] and len(ours) == 6 * 3
+
+
+def test_servers_that_wait_for_nobody_end_with_one_adapter(tmp_path: Path) -> None:
+    words = [word for word in EXACT if not word.startswith("rounds")]
+    rounds = "rounds={replicas: local, edge_every: 1, cloud_every: 2, buffer: {size: 1, oldest: 5}}"
+    recipe = with_edges(write_recipe(tmp_path), *words, rounds, "train.steps=12", "train.schedule={name: constant}")
+    asyncio.run(ended(recipe, tmp_path / "run"))
+    cloud = tmp_path / "run" / "cloud"
+    summary = json.loads((cloud / "summary.json").read_text())
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    steps = [each["step"] for each in rounds_of(cloud) if each["level"] == 2]
+    assert len(steps) > 6 and set(steps) == {2, 4, 6, 8, 10, 12}  # one at a time, and each edge's count
+    assert all(bool(tensor.isfinite().all()) for tensor in adapter(cloud).values())
+
+
+def test_some_away_in_every_round_one_slow_one_sending_nan_and_nobody_waits(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    recipe, drawn = ROOT / "recipes" / "quickstart.yaml", random.Random(time.time_ns())
+    words = (*LEARNS, *PACED, "split.cuts=[2, 4]", "rounds.participation={deadline: 4.0, minimum: 1}")
+    clean = train(load_recipe(recipe, words), tmp_path / "clean")
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+
+        def rounds() -> int:
+            path = deployment.folder / "cloud" / "metrics.jsonl"
+            records = read_records(path) if path.exists() else []
+            return max((each["step"] for each in records if each["event"] == "round"), default=0)
+
+        start(deployment)
+        deployment.until(lambda: rounds() >= 2, "the first round")
+        crawl = Crawl(deployment, SLOW)
+        crawl.start()
+        others, away = [name for name in CLIENTS if name not in (SLOW, POISONED)], None
+        for step in range(2, STEPS, EVERY // 2):
+            deployment.until(lambda step=step: rounds() >= step, f"the round of step {step}")  # type: ignore[misc]
+            if away is not None:
+                deployment.start(away)
+            away = drawn.choice(others)
+            if not deployment.said("cloud", "done"):
+                deployment.kill(away)
+        assert away is not None
+        deployment.start(away)
+        deployment.until(lambda: rounds() >= STEPS, "the last round")
+        crawl.over.set()
+        crawl.join()
+        assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
+        found = deployment.summary()
+        told = rounds_of(deployment.folder / "cloud")
+        late = deployment.said("edge-1", "late for a round")
+        tensors = adapter(deployment.folder / "cloud")
+    before, after = clean["eval_loss_before"], clean["eval_loss_after"]
+    record_property("loss", f"clean {before:.4f} -> {after:.4f}, with faults {found['eval_loss_after']:.4f}")
+    assert after < 0.9 * before, "who learns nothing is more than 3 % off"
+    assert found["eval_loss_after"] < 1.03 * after
+    assert any(each["client"] == SLOW for each in late)
+    assert all(each["rejected"] == {POISONED: "not finite"} for each in told if POISONED in each["rejected"])
+    assert sum(POISONED in each["rejected"] for each in told) > 3
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
