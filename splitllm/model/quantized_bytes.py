@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from splitllm.model.families import layout_of
 from splitllm.model.lora import block_of
-from splitllm.model.quantized import BLOCK, OUTER_BLOCK, widths
+from splitllm.model.quantized import BLOCK, OUTER_BLOCK
+from splitllm.model.quantizing import widths
 from splitllm.model.shard import meta_model
 from splitllm.recipe import QuantizationRecipe
 

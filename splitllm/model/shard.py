@@ -26,7 +26,7 @@ from splitllm.model.families import Layout, layout_of
 from splitllm.model.gelu import make_lean
 from splitllm.model.heads import Head
 from splitllm.model.loading import Checkpoint
-from splitllm.model.quantized import quantize_blocks
+from splitllm.model.quantizing import quantize_blocks
 from splitllm.model.randomness import EMBEDDINGS, DropoutKey, key_dropout
 from splitllm.recipe import QuantizationRecipe
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from splitllm.model.dropout import dropped
 from splitllm.model.joined import Rows
 from splitllm.model.lora import ADAPTER, block_of, initial_a, peft_name, scaling_of
-from splitllm.model.quantized import widths
+from splitllm.model.quantizing import widths
 from splitllm.model.randomness import DropoutKey
 from splitllm.model.shard import Shard
 from splitllm.recipe import LoraRecipe

@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from splitllm import Shard
 from splitllm.errors import CheckpointError
-from splitllm.model import quantized as module_of
+from splitllm.model import quantizing
 from splitllm.model.loading import Checkpoint
-from splitllm.model.quantized import QuantizedLinear, quantized, round_weight
+from splitllm.model.quantized import QuantizedLinear
+from splitllm.model.quantizing import quantized, round_weight
 from splitllm.recipe import QuantizationRecipe
 from tests.families import checkpoint_folder
 from tests.quantized import METHODS, stands_for
@@ -72,7 +73,7 @@ def test_pieces_of_any_size_give_the_codes_of_the_whole(
 ) -> None:
     shards = []
     for size in (1, 2**20):
-        monkeypatch.setattr(module_of, "PIECE_BYTES", size)
+        monkeypatch.setattr(quantizing, "PIECE_BYTES", size)
         checkpoint = Checkpoint(checkpoint_folder(family))
         shards.append(Shard.cut(checkpoint, 1, 3, dtype=torch.float32, quantization=recipe(method)))
     layers = [dict(shard.named_modules()) for shard in shards]

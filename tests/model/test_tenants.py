@@ -12,7 +12,7 @@ from splitllm import Shard
 from splitllm.model.joined import Joined, Rows
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import adapter_parameters, add_lora, matched_modules
-from splitllm.model.quantized import widths
+from splitllm.model.quantizing import widths
 from splitllm.model.randomness import DropoutKey, MicroBatchId
 from splitllm.model.tenants import LowRank, TenantLinear, Tenants
 from splitllm.recipe import LoraRecipe
