@@ -33,6 +33,7 @@ from splitllm.recipe import (
     goes_by_lanes,
     goes_by_rounds,
     own_blocks,
+    quantization_line,
     role_bounds,
     rounds_line,
     tier_bounds,
@@ -153,13 +154,21 @@ class _Problems:
         return None
 
 
-def prepare(recipe: Recipe, *, data: bool = True, client: int | None = None, limits: bool = True) -> Plan:
+def prepare(
+    recipe: Recipe,
+    *,
+    data: bool = True,
+    client: int | None = None,
+    tier: str | None = None,
+    limits: bool = True,
+) -> Plan:
     """Check a recipe against its model, tokenizer and data.
 
     Args:
         recipe: what the user asks for.
         data: whether this machine has any; a server has none, and its plan an empty corpus.
         client: the only one whose rows are wanted.
+        tier: the only one that is computed on this machine.
         limits: whether roles that take more than `split.memory_mib` gives them are refused.
 
     Raises:
@@ -180,6 +189,7 @@ def prepare(recipe: Recipe, *, data: bool = True, client: int | None = None, lim
             problems.attempt(lambda: _start_fits(recipe, config, shapes))
     problems.lines += _process_problems(recipe)
     problems.lines += _privacy_problems(recipe) if client is None else []
+    problems.lines += _library_problems(recipe, tier)
     lost = config is None and recipe.model.tokenizer is None  # that the base cannot be read was said already
     tokenizer = None if lost or not data else problems.attempt(lambda: load_tokenizer(recipe))
     if tokenizer is not None and config is not None and layout is not None:
@@ -238,6 +248,7 @@ def describe(plan: Plan) -> list[str]:
         *_client_lines(plan),
         f"LoRA: rank {recipe.lora.rank} on {len(plan.modules)} modules, adapters: {recipe.lora.adapters}"
         + _common(plan),
+        *([f"quantization: {quantization_line(recipe)}"] if recipe.quantization else []),
         f"server.batching: {recipe.server.batching}" + _without_effect(recipe.server),
         *lines_of(recipe, plan.admissions),
         "data:",
@@ -392,6 +403,16 @@ def _privacy_problems(recipe: Recipe) -> list[str]:
         f"rounds.privacy.noise: {noise:g} needs the library dp-accounting, which is not installed; "
         "pip install 'splitllm[privacy]', or leave noise out"
     ]
+
+
+def _library_problems(recipe: Recipe, tier: str | None) -> list[str]:
+    """Whether what quantises is there, on a machine that computes with quantised weights."""
+    here = [name for name in recipe.quantization if tier in (None, name)]
+    if not here or find_spec("bitsandbytes") is not None:
+        return []
+    method = recipe.quantization[here[0]].method
+    advice = "install it here: pip install 'splitllm[bnb]', or leave this tier out"
+    return [f"quantization.{here[0]}: {method} needs the package bitsandbytes; {advice}"]
 
 
 def _vocabulary_problems(tokenizer: Any, config: PreTrainedConfig, recipe: Recipe) -> list[str]:

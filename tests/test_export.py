@@ -128,6 +128,16 @@ def test_an_adapter_of_a_multimodal_checkpoint_loads_on_the_multimodal_model(tmp
     assert onward["eval_loss_before"] == pytest.approx(summary["eval_loss_after"], rel=1e-12)
 
 
+def test_a_quantised_run_on_a_multimodal_checkpoint_is_checked_on_its_text_part(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "gemma3", "float32")
+    summary = train(
+        load_recipe(path, [f"model.base={multimodal_folder()}", "train.verify_adapter=true", "quantization=nf4"]),
+        tmp_path / "run",
+    )
+    assert summary["unsplit_loss_after"] == pytest.approx(summary["eval_loss_after"], rel=1e-5)
+    assert summary["unquantized_loss_after"] != pytest.approx(summary["eval_loss_after"], rel=1e-5)
+
+
 STORIES = """
 model: {{base: {base}, dtype: float32}}
 split: {{tiers: {{client: 2, edge: 1, cloud: 1}}, cuts: [1, 3], labels: client}}

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from splitllm import preflight
 from splitllm.cli import app
+from splitllm.errors import RecipeError
 from splitllm.preflight import prepare
 from splitllm.recipe import load_recipe
 from splitllm.train import train
@@ -73,6 +74,33 @@ def test_validate_says_what_will_happen_and_what_leaves_the_device(folder: Path)
     (leaves,) = [line for line in lines if line.startswith("leaves the device: ")]
     assert "activations at the cut (block 1)" in leaves and "token ids stay" in leaves
     assert lines[-1] == "the recipe is valid"
+
+
+def test_validate_says_what_is_quantised(folder: Path) -> None:
+    words = "quantization={edge: {method: nf4, double: true, compute_dtype: bfloat16}, cloud: int8}"
+    done = CliRunner().invoke(app, ["validate", str(folder / "recipe.yaml"), words])
+    assert (done.exit_code, done.stderr) == (0, "")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("quantization: ")]
+    assert line == (
+        "quantization: edge nf4 (scales quantised, too, computed in bfloat16), cloud int8; "
+        "of blocks the linear layers alone, not norms, embeddings and head"
+    )
+
+
+def test_without_bitsandbytes_only_machines_that_need_it_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    wanted = load_recipe(folder / "recipe.yaml", ["quantization={edge: nf4, cloud: int8}"])
+    with pytest.raises(RecipeError) as refused:
+        prepare(wanted)
+    assert str(refused.value) == (
+        "quantization.edge: nf4 needs the package bitsandbytes; "
+        "install it here: pip install 'splitllm[bnb]', or leave this tier out"
+    )
+    assert prepare(wanted, tier="client").modules
+    with pytest.raises(RecipeError, match=r"quantization\.cloud: int8 needs the package bitsandbytes"):
+        prepare(wanted, data=False, tier="cloud")
 
 
 @pytest.mark.parametrize(

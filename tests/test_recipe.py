@@ -174,6 +174,30 @@ WRONG = [
     ("server.tenants.client-0.bytes_per_second=-1", "-1 is not allowed; use a number above 0, or null"),
     ("server.tenants.client-4.weight=2", "server.tenants.client-4: 'client-4' is not a client of split.tiers; use so"),
     ("server.tenants.edge-0.weight=2", "server.tenants.edge-0: 'edge-0' is not a client of split.tiers; use some of"),
+    (
+        "quantization=fp4",
+        "quantization: 'fp4' is not allowed; use nf4 or int8 for all tiers, or a mapping of tiers, such",
+    ),
+    ("quantization=4", "quantization: 4 is not allowed; use nf4 or int8 for all tiers, or a mapping of tiers, such"),
+    ("quantization={edgy: nf4}", "quantization.edgy: 'edgy' is not a tier of split.tiers; use some of client, edge, c"),
+    (
+        "quantization.edge=fp4",
+        "quantization.edge: 'fp4' is not allowed; use nf4 or int8, or a mapping such as {method:",
+    ),
+    (
+        "quantization.edge=4",
+        "quantization.edge: 4 is not allowed; use a mapping with keys among method, double, compute",
+    ),
+    ("quantization.edge={method: fp4}", "quantization.edge.method: 'fp4' is not allowed; use nf4 or int8"),
+    (
+        "quantization.edge={method: nf4, doubles: true}",
+        "quantization.edge.doubles: unknown key; did you mean quantizati",
+    ),
+    ("quantization.edge={method: int8, double: true}", "quantization.edge.double: true is for nf4, not int8; leave it"),
+    (
+        "quantization.edge={method: nf4, compute_dtype: float16}",
+        "quantization.edge.compute_dtype: 'float16' is not allowed; use float32 or bfloat16, or null",
+    ),
     ("wire.addresses=null", "wire.addresses: None is not allowed; use a mapping of server roles to HOST:PORT"),
     ("wire.addresses={cloud: null}", "wire.addresses.cloud: None is not allowed; use HOST:PORT, such as 10.0.0.2:7000"),
     ("wire.addresses.cloud=7000", "wire.addresses.cloud: 7000 is not allowed; use HOST:PORT"),
@@ -347,6 +371,40 @@ def test_what_tenants_cannot_have_together_is_refused_in_a_line(
 ) -> None:
     (problem,) = problems_of(file, *overrides)
     assert expected in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["quantization={edge: nf4}", "model.dtype=float64"],
+            "quantization.edge: bitsandbytes has no products in float64; use model.dtype: float32 or bfloat16, or",
+        ),
+        (
+            ["quantization={edge: nf4}", "lora.dora=true"],
+            "quantization.edge: lora.dora takes the norms of frozen weights, which are others once these are quantised",
+        ),
+        (
+            ["quantization={edge: nf4}", "split.client_cuts={client-1: 3}"],
+            "quantization: has to be on client as on edge, since with split.client_cuts both hold some of the same",
+        ),
+    ],
+)
+def test_what_does_not_go_with_quantised_weights_is_refused(file: Path, overrides: list[str], expected: str) -> None:
+    assert expected in problem_of(file, *overrides)
+
+
+def test_dora_on_tiers_that_are_not_quantised_is_allowed(file: Path) -> None:
+    assert load_recipe(file, ["quantization={cloud: nf4}", "lora.dora=true", "lora.tiers=[client, edge]"]).lora.dora
+
+
+def test_a_method_alone_is_short_for_itself_and_for_every_tier(file: Path) -> None:
+    whole = load_recipe(file, ["quantization=nf4"]).quantization
+    assert list(whole) == ["client", "edge", "cloud"]
+    assert {(how.method, how.double, how.compute_dtype) for how in whole.values()} == {("nf4", False, None)}
+    assert load_recipe(file, ["quantization={edge: null}"]) == load_recipe(file, ["quantization.edge=nf4"])
+    assert load_recipe(file, ["quantization={edge: int8}"]) == load_recipe(file, ["quantization.edge.method=int8"])
+    assert "quantization: 'nf4'" not in "".join(problems_of(file, "quantization=nf4", "split.tiers=3"))
 
 
 def test_what_leaves_the_device_where_clients_have_their_own(file: Path) -> None:

@@ -202,7 +202,8 @@ def open_station(recipe: Recipe, options: Options, *, client: int | None) -> Sta
     settle_allocator(recipe, options.name)
     share_cores(recipe.train)
     threads = torch.get_num_threads()
-    plan = prepare(recipe, data=client is not None, client=client)
+    tier = list(recipe.split.tiers)[tier_of(recipe, options.name)[0]]
+    plan = prepare(recipe, data=client is not None, client=client, tier=tier)
     refuse_without_room(plan, options.name)
     options.directory.mkdir(parents=True, exist_ok=True)
     world = open_world(recipe.train, options.directory)

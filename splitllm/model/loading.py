@@ -154,6 +154,23 @@ class Checkpoint:
             return _read(entry, [(0, rows)]).reshape(entry.shape)
         return _read_as(entry, rows, dtype)
 
+    def pieces(self, name: str, shape: Sequence[int], nbytes: int, multiple: int = 1) -> Iterator[torch.Tensor]:
+        """One tensor as it is stored, some rows at a time.
+
+        Args:
+            name: of the parameter.
+            shape: that it has to have.
+            nbytes: of a piece, about.
+            multiple: of which every piece but the last has its number of rows.
+
+        Raises:
+            CheckpointError: it is missing, or its shape is not `shape`.
+        """
+        entry = self.require({name: tuple(shape)})[name]
+        step = max(1, nbytes // max(1, entry.row_bytes * multiple)) * multiple
+        for start in range(0, entry.shape[0], step):
+            yield _read(entry, [(start, min(start + step, entry.shape[0]))]).reshape(-1, *entry.shape[1:])
+
     def require(self, wanted: dict[str, tuple[int, ...]]) -> dict[str, Entry]:
         """The entries for `wanted` (name -> shape).
 

@@ -111,7 +111,9 @@ def add_lora(shard: Shard, lora: LoraRecipe, modules: Sequence[str], seed: int) 
     if not own:
         return
     training = shard.training
-    inject_adapter_in_model(lora_config(config, lora, own), shard.model, ADAPTER)
+    peft_config = lora_config(config, lora, own)
+    peft_config.fan_in_fan_out = isinstance(shard.model.get_submodule(own[0]), Conv1D)  # none is where it is quantised
+    inject_adapter_in_model(peft_config, shard.model, ADAPTER)
     cast_adapter_dtype(shard.model, ADAPTER, autocast_adapter_dtype=True)
     for name, parameter in adapter_parameters(shard).items():
         if ".lora_A." in name:

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from splitllm.model.families import layout_of
 from splitllm.model.graphs import NOBODY, Work, bytes_by_block
 from splitllm.model.lora import adapter_dtype, adapter_shapes, block_of, in_model
+from splitllm.model.quantized_bytes import saved_bytes
 from splitllm.model.shard import meta_model
 from splitllm.recipe import LoraRecipe, Recipe, client_cuts, lora_of, own_blocks, role_bounds, tenant_blocks, tier_of
 
@@ -154,8 +155,10 @@ def role_holding(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str
 
 def role_weights(recipe: Recipe, config: PreTrainedConfig, name: str) -> int:
     """The frozen weights of a role's shard."""
-    start, stop = role_bounds(recipe, config.num_hidden_layers)[name]
-    return shard_bytes(config, start, stop, has_head(recipe, tier_of(recipe, name)[0]), dtype_of(recipe))
+    (start, stop), tier = role_bounds(recipe, config.num_hidden_layers)[name], tier_of(recipe, name)[0]
+    how = recipe.quantization.get(list(recipe.split.tiers)[tier])
+    whole = shard_bytes(config, start, stop, has_head(recipe, tier), dtype_of(recipe))
+    return whole - saved_bytes(config, start, stop, dtype_of(recipe), how)
 
 
 def _entry(recipe: Recipe, layers: int, server: str, client: int) -> int:

@@ -26,7 +26,9 @@ from splitllm.model.families import Layout, layout_of
 from splitllm.model.gelu import make_lean
 from splitllm.model.heads import Head
 from splitllm.model.loading import Checkpoint
+from splitllm.model.quantizing import quantize_blocks
 from splitllm.model.randomness import EMBEDDINGS, DropoutKey, key_dropout
+from splitllm.recipe import QuantizationRecipe
 
 
 class Passthrough(nn.Module):
@@ -138,6 +140,7 @@ class Shard(nn.Module):
         attention: str | None = None,
         revision: str | None = None,
         seed: int = 0,
+        quantization: QuantizationRecipe | None = None,
     ) -> Shard:
         """Load one shard of a checkpoint, reading only its own tensors.
 
@@ -151,6 +154,7 @@ class Shard(nn.Module):
             attention: transformers' `attn_implementation`; None for its default.
             revision: of a hub model.
             seed: keys the dropout masks.
+            quantization: of the linear layers of its blocks, which are quantised while they are read; None for none.
 
         Returns:
             The shard, in evaluation mode, all its parameters frozen.
@@ -163,7 +167,16 @@ class Shard(nn.Module):
 
         checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(model, revision)
         admit(checkpoint.config, attention)
-        return cls.cut(checkpoint, start, stop, head=head, dtype=dtype, attention=attention, seed=seed)
+        return cls.cut(
+            checkpoint,
+            start,
+            stop,
+            head=head,
+            dtype=dtype,
+            attention=attention,
+            seed=seed,
+            quantization=quantization,
+        )
 
     @classmethod
     def cut(
@@ -176,6 +189,7 @@ class Shard(nn.Module):
         dtype: torch.dtype | None = None,
         attention: str | None = None,
         seed: int = 0,
+        quantization: QuantizationRecipe | None = None,
     ) -> Shard:
         """As `from_pretrained`, for a family that has been admitted already."""
         config, layout = checkpoint.config, layout_of(checkpoint.config)
@@ -192,6 +206,8 @@ class Shard(nn.Module):
         embeddings = Embeddings(embedding_module, embedding_name, checkpoint, dtype) if start == 0 else None
         top = Head(norm, output, config) if (stop == blocks if head is None else head) else None
         _hollow(whole, layout, start, stop)
+        if quantization is not None:
+            quantize_blocks(whole, f"{layout.base}.{layout.blocks}.", checkpoint, quantization)
         _load(whole, checkpoint, dtype)
         if top is not None:
             top.load(checkpoint, f"{layout.base}.{layout.norm}", embedding_name, dtype)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from splitllm.model.dropout import dropped
 from splitllm.model.joined import Rows
 from splitllm.model.lora import ADAPTER, block_of, initial_a, peft_name, scaling_of
+from splitllm.model.quantizing import widths
 from splitllm.model.randomness import DropoutKey
 from splitllm.model.shard import Shard
 from splitllm.recipe import LoraRecipe
@@ -219,13 +220,6 @@ class Tenants:
         for name, layer in self._layers.items():
             if (adapter := layer.tenants.get(client)) is not None:
                 yield from zip(_names(name), (adapter.a_RD, adapter.b_OR), strict=True)
-
-
-def widths(layer: nn.Module) -> tuple[int, int]:
-    """Width in and width out of a linear layer; GPT-2's Conv1D is stored transposed."""
-    weight = layer.get_parameter("weight")
-    rows, columns = weight.shape
-    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
 
 
 def _names(module: str) -> tuple[str, str]:

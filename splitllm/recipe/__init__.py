@@ -21,6 +21,7 @@ from splitllm.recipe.loading import (
     what_leaves_in_a_deployment,
     what_leaves_the_device,
 )
+from splitllm.recipe.quantization import quantization_line
 from splitllm.recipe.roles import (
     children_of,
     client_names,
@@ -44,6 +45,7 @@ from splitllm.recipe.schema import (
     ModelRecipe,
     OptimizerRecipe,
     PartitionRecipe,
+    QuantizationRecipe,
     QuotaRecipe,
     Recipe,
     RoundsRecipe,
@@ -61,6 +63,7 @@ __all__ = [
     "ModelRecipe",
     "OptimizerRecipe",
     "PartitionRecipe",
+    "QuantizationRecipe",
     "QuotaRecipe",
     "Recipe",
     "RoundsRecipe",
@@ -89,6 +92,7 @@ __all__ = [
     "lora_of",
     "own_blocks",
     "parent_of",
+    "quantization_line",
     "role_bounds",
     "role_in_tier",
     "role_names",

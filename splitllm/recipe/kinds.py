@@ -70,7 +70,7 @@ def _codec(value: str) -> str:
     return value
 
 
-def _mapping(text: str) -> BeforeValidator:
+def mapping_of(text: str) -> BeforeValidator:
     """Leaves the complaints about the entries of a mapping to their own kind; `text` is for what is no mapping."""
 
     def check(value: Any) -> Any:
@@ -128,9 +128,9 @@ Cuts = Annotated[
 ]
 ClientCuts = Annotated[
     dict[str, Annotated[int, Strict(), Field(ge=1), _allows("a block number of at least 1")]],
-    _mapping("a mapping of clients to block numbers, such as {client-1: 4}"),
+    mapping_of("a mapping of clients to block numbers, such as {client-1: 4}"),
 ]
-Limits = Annotated[dict[str, Count], _mapping("a mapping of tiers to MiB, such as {client: 850, edge: 8192}")]
+Limits = Annotated[dict[str, Count], mapping_of("a mapping of tiers to MiB, such as {client: 850, edge: 8192}")]
 Tiers = Annotated[dict[str, int], BeforeValidator(_tiers)]
 TierNames = Annotated[tuple[Text, ...], Field(min_length=1), _allows("a list of tier names, such as [edge, cloud]")]
 Targets = Annotated[
@@ -154,7 +154,7 @@ Address = Annotated[
     _allows("HOST:PORT, such as 10.0.0.2:7000, edge.example.org:7000 or '[2001:db8::1]:7000' (in quotes)"),
 ]
 Addresses = Annotated[
-    dict[str, Address], _mapping("a mapping of server roles to HOST:PORT, such as {edge-0: 10.0.0.2:7000}")
+    dict[str, Address], mapping_of("a mapping of server roles to HOST:PORT, such as {edge-0: 10.0.0.2:7000}")
 ]
 PlaceHere = Annotated[
     Text,
@@ -166,6 +166,7 @@ Codec = Annotated[
     AfterValidator(_codec),
     _allows("none, bf16, fp16, int8, int4 or topk:FRACTION with a fraction between 0 and 1, such as topk:0.05"),
 ]
+ComputeDtype = Annotated[Literal["float32", "bfloat16"], _allows("float32 or bfloat16")]
 MixedPrecision = Annotated[
     Literal["no", "bf16"],
     BeforeValidator(lambda value: "no" if value is False else value),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -13,6 +13,7 @@ from splitllm.recipe.kinds import (
     Betas,
     ClientCuts,
     Codec,
+    ComputeDtype,
     Count,
     Cuts,
     Fields,
@@ -36,8 +37,10 @@ from splitllm.recipe.kinds import (
     TierNames,
     Tiers,
     Trackers,
+    mapping_of,
 )
 from splitllm.recipe.misfits import covered, misfits
+from splitllm.recipe.quantization import METHODS, SHORT_FORM, for_all_tiers
 from splitllm.recipe.roles import find_role
 
 Rule = Literal[
@@ -268,6 +271,25 @@ class PrivacyRecipe(Section):
     delta: Fraction = 1.0e-5
 
 
+class QuantizationRecipe(Section):
+    """How a tier holds the frozen linear layers of its blocks (by bitsandbytes); a method alone is short for itself.
+
+    `nf4` is 4 bits and a scale for 64 numbers (arXiv 2305.14314), `int8` is 8 bits and a scale for each output. With
+    `double` the scales of nf4 are quantised as well. Products are in `compute_dtype`; null: in that of what comes in.
+    """
+
+    method: Literal["nf4", "int8"] = "nf4"
+    double: Switch = False
+    compute_dtype: ComputeDtype | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_alone(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in METHODS:
+            raise PydanticCustomError("allowed", "nf4 or int8, or a mapping such as {method: nf4, double: true}")
+        return {"method": value} if isinstance(value, str) else value
+
+
 class RoundsRecipe(Section):
     """Replicas that train adapters of their own, and when and how those are averaged. Intervals are in steps.
 
@@ -307,6 +329,9 @@ class WireRecipe(Section):
     keepalive: Positive = 10.0
 
 
+Quantization = Annotated[dict[str, QuantizationRecipe], mapping_of(SHORT_FORM)]
+
+
 class Recipe(Section):
     """One run, completely. `load_recipe` reads it from a file; it can also be built in Python."""
 
@@ -314,6 +339,7 @@ class Recipe(Section):
     model: ModelRecipe
     split: SplitRecipe
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
+    quantization: Quantization = Field(default_factory=dict)
     data: DataRecipe
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     server: ServerRecipe = Field(default_factory=ServerRecipe)
@@ -325,6 +351,11 @@ class Recipe(Section):
         found = find_role(self.split.tiers, name)
         limit = None if found is None else self.split.memory_mib.get(list(self.split.tiers)[found[0]])
         return None if limit is None else limit * MIB
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        return for_all_tiers(value)
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Recipe:

@@ -305,6 +305,7 @@ class Assembly:
             dtype=DTYPES[recipe.model.dtype],
             attention=recipe.model.attention,
             seed=recipe.seed,
+            quantization=recipe.quantization.get(self.tiers[tier]),
         ).to(self.site.device)
 
     def top(

@@ -163,7 +163,16 @@ class _Remedies:
             yield {"train.in_flight": 1}
         if (length := self._length({})) is not None:
             yield {"data.max_length": length}
+        yield from self._quantised()
         yield from self._first_that_fits(self._cuts())
+
+    def _quantised(self) -> Iterator[Changes]:
+        """Frozen weights of one tier in fewer bits, or of all."""
+        plain = [tier for tier in self.recipe.split.tiers if tier not in self.recipe.quantization]
+        for tier in plain:
+            yield {f"quantization.{tier}": "nf4"}
+        if len(plain) > 1:
+            yield {f"quantization.{tier}": "nf4" for tier in plain}
 
     def _several(self) -> Iterator[Changes]:
         """Changes at once, ever more of them."""
@@ -174,6 +183,8 @@ class _Remedies:
         yield changes
         if (length := self._length(changes)) is not None:
             yield {**changes, "data.max_length": length}
+        for quantised in self._quantised():
+            yield {**changes, **quantised}
         for cuts in self._cuts():
             yield {**changes, **cuts}
 

@@ -29,6 +29,7 @@ from splitllm.model.memory import (
     work_of,
 )
 from splitllm.model.passing import passing_bytes
+from splitllm.model.quantized_bytes import scratch_bytes
 from splitllm.policy.admission import MIB
 from splitllm.recipe import (
     Recipe,
@@ -170,7 +171,7 @@ class _Book:
         return replace(
             parts,
             activations=self._graphs(name),
-            scratch=max(self._passing(work) for work in works),
+            scratch=max(self._passing(work) for work in works) + self._unpacked(name),
             allocator=0 if self.recipe.memory_of(name) is not None else self._holes(works),
             logits=self._logits(name),
             embeddings=self._embeddings(name),
@@ -242,6 +243,11 @@ class _Book:
     def _passing(self, work: Work) -> int:
         """What a block needs for a moment."""
         return passing_bytes(self.config, replace(work, lora=self.recipe.lora))
+
+    def _unpacked(self, name: str) -> int:
+        """The largest weight of a quantised shard, as a product takes it."""
+        tier = list(self.recipe.split.tiers)[tier_of(self.recipe, name)[0]]
+        return scratch_bytes(self.config, dtype_of(self.recipe)) if tier in self.recipe.quantization else 0
 
     def _holes(self, works: Iterable[Work]) -> int:
         """What the allocator leaves unused."""
@@ -334,7 +340,7 @@ class _Book:
             gradients=sum(one.gradients for one in held) + copies * top.gradients,
             optimizer=optimizer + copies * top.optimizer,
             activations=self._graphs_together(names),
-            scratch=max(self._passing(work) for work in works) * (1 + copies),
+            scratch=(max(map(self._passing, works)) + max(map(self._unpacked, names))) * (1 + copies),
             allocator=self._holes(works) * (1 + copies),
             logits=max(self._logits(name) for name in names) * (1 + copies),
             embeddings=max(self._embeddings(name) for name in names),

@@ -26,7 +26,7 @@ from splitllm.roles.participation import HISTORY
 from splitllm.running.base import BASE, BASE_UNFINISHED, base_folder, is_drawn
 from splitllm.running.memory import AFTER_STEPS, compared, mib_of, total_mib
 from splitllm.running.places import ADAPTER, adapter_folders, where_next
-from splitllm.running.results import export, summary_of
+from splitllm.running.results import export, round_base, summary_of
 from splitllm.running.state import Run, Totals
 
 HARMLESS = (
@@ -174,23 +174,37 @@ def finish(run: Run) -> dict[str, Any]:
 def _unsplit_losses(run: Run) -> dict[str, float]:
     """The held-out loss by Hugging Face and PEFT alone, before and after.
 
+    Where weights were quantised it is found twice: on the base as it is, and with the weights that the codes stand for,
+    which is what the split run computed with.
+
     Raises:
         CheckpointError: it is not the split run's.
     """
     dtype, size = DTYPES[run.recipe.model.dtype], run.recipe.train.batch_size
     base = unsplit_model(base_folder(run.recipe, run.directory), dtype, run.recipe.model.revision)
     parts = [[_plain(batch) for batch in eval_batches(part, size)] for part in run.plan.corpus.eval]
-    folders = adapter_folders(run.recipe, run.directory)
-    before = _mean([whole_model_loss(base, part) for part in parts])
-    grouped = [list(itertools.chain(*parts))] if len(folders) == 1 else parts
-    after = _mean([_with_adapter_loss(base, *pair) for pair in zip(folders, grouped, strict=True)])
-    exact = dtype != torch.bfloat16 and not run.world.half
+    before, after = _losses_of_peft(run, base, parts)
+    unrounded = {}
+    if run.recipe.quantization:
+        unrounded = {"unquantized_loss_before": before, "unquantized_loss_after": after}
+        round_base(run.plan, run.directory, base)
+        before, after = _losses_of_peft(run, base, parts)
+    halves = {run.recipe.model.dtype, *(how.compute_dtype for how in run.recipe.quantization.values())}
+    exact = "bfloat16" not in halves and not run.world.half
     if not abs(after - float(run.totals.loss_after or 0.0)) <= (AGREEMENT if exact else AGREEMENT_IN_HALF):
         raise CheckpointError(
             f"{run.directory / ADAPTER}: PeftModel on the unsplit base finds a held-out loss of {after:.6f}, the split "
             f"run {run.totals.loss_after:.6f}: the adapter is not that of this base"
         )
-    return {"unsplit_loss_before": before, "unsplit_loss_after": after}
+    return {"unsplit_loss_before": before, "unsplit_loss_after": after, **unrounded}
+
+
+def _losses_of_peft(run: Run, base: PreTrainedModel, parts: Sequence[Sequence[PlainBatch]]) -> tuple[float, float]:
+    """Without the adapter, and with it, or each client's own on its rows."""
+    folders = adapter_folders(run.recipe, run.directory)
+    before = _mean([whole_model_loss(base, part) for part in parts])
+    grouped = [list(itertools.chain(*parts))] if len(folders) == 1 else parts
+    return before, _mean([_with_adapter_loss(base, *pair) for pair in zip(folders, grouped, strict=True)])
 
 
 def _with_adapter_loss(base: PreTrainedModel, folder: Path, batches: Sequence[PlainBatch]) -> tuple[float, int]:
@@ -258,10 +272,16 @@ def _closing_lines(run: Run, summary: dict[str, Any]) -> list[str]:
     lines = [
         f"held-out loss: {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after (split run)",
     ]
+    rounded = "unquantized_loss_after" in summary
     if "unsplit_loss_after" in summary:
         lines.append(
             f"held-out loss: {summary['unsplit_loss_before']:.4f} before, {summary['unsplit_loss_after']:.4f} after "
-            "(PeftModel on the unsplit base)"
+            + ("(PeftModel on the unsplit base, rounded alike)" if rounded else "(PeftModel on the unsplit base)")
+        )
+    if rounded:
+        lines.append(
+            f"held-out loss: {summary['unquantized_loss_before']:.4f} before, "
+            f"{summary['unquantized_loss_after']:.4f} after (PeftModel on the unsplit base as it is)"
         )
     lines.append(
         f"over the cuts: {human_bytes(summary['wire_bytes_up'])} up, {human_bytes(summary['wire_bytes_down'])} down; "

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from splitllm.errors import CheckpointError
 from splitllm.federated.export import folded
 from splitllm.metrics import Metrics
 from splitllm.model.export import load_adapter, newest_adapter, renew_adapter, save_adapter
-from splitllm.model.lora import block_of, lora_config, target_modules
+from splitllm.model.lora import block_of, lora_config, matched_modules, target_modules
 from splitllm.model.naming import PREFIX, names_in_unsplit, rename_tensors
+from splitllm.model.quantizing import round_weight
 from splitllm.preflight import Plan
-from splitllm.recipe import LoraRecipe, goes_by_rounds, lora_of, own_blocks
+from splitllm.recipe import LoraRecipe, QuantizationRecipe, goes_by_rounds, lora_of, own_blocks
 from splitllm.recipe.rounds import ONE_SHAPE
 from splitllm.roles.worker import TENANT
 from splitllm.running.base import base_folder
@@ -102,6 +104,19 @@ def adapter_config(plan: Plan, lora: LoraRecipe, base: str, modules: Mapping[str
     config = lora_config(plan.config, lora, targets if as_named else sorted(modules.values()), base)
     config.revision = recipe.model.revision
     return config
+
+
+def round_base(plan: Plan, directory: Path, unsplit: nn.Module) -> None:
+    """Give the whole model the weights that a run's quantised ones stand for."""
+    recipe, methods = plan.recipe, dict[int, QuantizationRecipe]()
+    for tier, (start, stop) in zip(recipe.split.tiers, plan.bounds, strict=True):
+        if tier in recipe.quantization:
+            methods |= dict.fromkeys(range(start, stop), recipe.quantization[tier])
+    linear = {name: methods.get(block_of(plan.config, name)) for name in matched_modules(plan.config, "all-linear")}
+    names = names_in_unsplit(base_folder(recipe, directory), linear, recipe.model.revision)
+    for name, how in linear.items():
+        if how is not None:
+            round_weight(unsplit.get_submodule(names[name]), how)
 
 
 def summary_of(

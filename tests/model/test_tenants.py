@@ -12,8 +12,9 @@ from splitllm import Shard
 from splitllm.model.joined import Joined, Rows
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import adapter_parameters, add_lora, matched_modules
+from splitllm.model.quantizing import widths
 from splitllm.model.randomness import DropoutKey, MicroBatchId
-from splitllm.model.tenants import LowRank, TenantLinear, Tenants, widths
+from splitllm.model.tenants import LowRank, TenantLinear, Tenants
 from splitllm.recipe import LoraRecipe
 from tests.families import CONFIGS, checkpoint_folder
 

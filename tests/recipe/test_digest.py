@@ -93,6 +93,7 @@ COUNTED = {  # another value of every key that must be equal on all machines
     "rounds.privacy.delta": 0.5,
     "wire.up": "int8",
     "wire.down": "topk:0.05",
+    "quantization": {"edge": {"method": "nf4", "double": True, "compute_dtype": None}},
     "wire.feedback_mib": 0,
     "wire.absent": "drop",
     "wire.drop_after": 5.0,

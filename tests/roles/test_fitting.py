@@ -134,3 +134,12 @@ def test_on_a_device_only_what_lies_there_counts() -> None:
     assert (
         refused(asked, device_needs(None, ledger(asked, "llama", PROCESS).together.on_device, "memory of cuda")) == []
     )
+
+
+def test_fewer_bits_are_offered_where_they_will_do() -> None:
+    limit: dict[str, Any] = {"dtype": "bfloat16", "split": {"memory_mib": {"edge": 60}}}
+    packed = wanted("llama", quantization={"edge": "nf4"}, **limit)
+    process = 60 * MIB - ledger(packed, "llama").of("edge-0").total
+    short = wanted("llama", **limit)
+    lines = shortage(short, *model("llama"), ledger(short, "llama", process), needs_of_limits)
+    assert lines and all("quantization.edge=nf4 (60 MiB)" in line for line in lines)

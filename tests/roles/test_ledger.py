@@ -180,3 +180,12 @@ def test_more_rows_or_tokens_never_take_less(count: int) -> None:
             assert all(a <= b for a, b in zip(totals(rows, length), more, strict=True))
 
     check()
+
+
+def test_a_quantised_tier_holds_less_and_takes_one_weight_whole_for_a_moment() -> None:
+    half = {"dtype": "bfloat16"}
+    before, after = (
+        ledger(wanted("llama", **half, **q), "llama").of("edge-0") for q in ({}, {"quantization": {"edge": "nf4"}})
+    )
+    assert after.weights < before.weights and after.scratch > before.scratch
+    assert after.adapters == before.adapters
