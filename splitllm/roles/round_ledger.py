@@ -39,7 +39,7 @@ class RoundsHeld:
     Attributes:
         anchors: where its adapters were after the last round.
         frozen: factors beside frozen weights, by level and joined.
-        kept: what a server handed out last, and moments of the outer optimiser.
+        kept: what a server handed out last, what comes out of the run, and moments of the outer optimiser.
         values: of one round: its own, its children's, the average and the outcome.
     """
 
@@ -79,7 +79,7 @@ def rounds_held(
     stops = [role_bounds(recipe, config.num_hidden_layers)[child][1] for child in children]
     bounds = role_bounds(recipe, config.num_hidden_layers).get(name, (0, config.num_hidden_layers))
     values = sum(sizes.value(0, stop) for stop in stops) + 2 * sizes.value(0, bounds[1])
-    return RoundsHeld(anchors, sizes.frozen(*bounds, kept=True), sizes.given(name), values)
+    return RoundsHeld(anchors, sizes.frozen(*bounds, kept=True), sizes.kept(name), values)
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,21 @@ class _Sizes:
         adapter = sum(size for block in self._averaged(start, stop) for size in self._of_block(block))
         return (1 + moments) * adapter + self.frozen(start, stop, kept=False)
 
-    def given(self, name: str) -> int:
-        """What a server handed out last, where it looks at changes or has lanes, and moments that the top steps by."""
-        rounds, top = self.recipe.rounds, list(self.recipe.split.tiers)[-1]
+    def kept(self, name: str) -> int:
+        """What a server handed out last, where it looks at changes or has lanes; of the top what comes out of the run.
+
+        There also the moments that it steps by.
+        """
+        rounds, tiers, layers = self.recipe.rounds, list(self.recipe.split.tiers), self.config.num_hidden_layers
         looks = rounds.clip_update is not None or rounds.reject_beyond is not None or hides(self.recipe)
-        outer = rounds.outer.name != "none"
-        if not (looks or outer or goes_by_lanes(self.recipe)):
-            return 0
-        layers, item = self.config.num_hidden_layers, adapter_dtype(dtype_of(self.recipe)).itemsize
-        whole = sum(size for block in range(layers) for size in self._of_block(block))
+        given = looks or rounds.outer.name != "none" or goes_by_lanes(self.recipe)
+        whole = given * sum(size for block in range(layers) for size in self._of_block(block))
+        if len(tiers) > 1 and name != tiers[-1]:
+            return whole
+        item = adapter_dtype(dtype_of(self.recipe)).itemsize
         averaged = sum(size for block in self._averaged(0, layers) for size in self._of_block(block))
-        stepped = MOMENTS[rounds.outer.name] if name == top or len(self.recipe.split.tiers) == 1 else 0
-        return whole + stepped * averaged // item * WIDE
+        moments = MOMENTS[rounds.outer.name] * averaged // item * WIDE
+        return whole + averaged + moments + self.frozen(0, layers, kept=False)
 
     def frozen(self, start: int, stop: int, *, kept: bool) -> int:
         """Factors beside the weights of these blocks: once in a value, and kept for every level and joined."""
