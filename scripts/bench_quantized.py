@@ -148,7 +148,7 @@ def main() -> None:
     if options.json or options.loading:
         print(json.dumps(figures))
         return
-    about["shard"] = f"{options.blocks} blocks of 110,104,576 numbers, stored in bf16"
+    about["shard"] = f"blocks of 110,104,576 numbers, stored in bf16: {options.blocks}"
     lines = [*lines_of(figures), "", *bullets(about)]
     print("\n".join(lines))
     write_page(options.output, "bench_quantized.py", lines, {"machine": about, "results": figures})
