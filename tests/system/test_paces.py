@@ -22,7 +22,7 @@ from tests.deployment.lanes import deployed as deployed_here
 from tests.deployment.lanes import kept, with_edges
 from tests.faults.deployment import deployed
 from tests.processes import ROOT
-from tests.system.test_rounds import EVERY, LEARNS, POISONED, SLOW, STEPS, Crawl, start
+from tests.system.test_rounds import LEARNS, POISONED, SLOW, Crawl, start
 from tests.tiny import write_recipe
 
 pytestmark = pytest.mark.system
@@ -124,7 +124,8 @@ def test_some_away_in_every_round_one_slow_one_sending_nan_and_nobody_waits(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     recipe, drawn = ROOT / "recipes" / "quickstart.yaml", random.Random(time.time_ns())
-    words = (*LEARNS, *PACED, "split.tiers={client: 6, edge: 2, cloud: 1}", "rounds.participation.deadline=2.0")
+    intervals = ("rounds.edge_every=4", "rounds.cloud_every=8", "train.steps=24", "rounds.participation.deadline=4.0")
+    words = (*LEARNS, *PACED, "split.tiers={client: 6, edge: 2, cloud: 1}", *intervals)
     clean = train(load_recipe(recipe, words), tmp_path / "clean")
     with deployed(recipe, tmp_path / "run", *words) as deployment:
 
@@ -134,14 +135,14 @@ def test_some_away_in_every_round_one_slow_one_sending_nan_and_nobody_waits(
             return max((each["step"] for each in records if each["event"] == "round"), default=0)
 
         start(deployment)
-        deployment.until(lambda: rounds() >= 2, "the first round")
+        deployment.until(lambda: rounds() >= 4, "the first round")
         crawl = Crawl(deployment, SLOW)
         crawl.start()
         others, away = (
             [name for name in deployment.names if name[:6] == "client" and name not in (SLOW, POISONED)],
             None,
         )
-        for step in range(2, STEPS, EVERY // 2):
+        for step in range(4, 24, 4):
             deployment.until(lambda step=step: rounds() >= step, f"the round of step {step}")  # type: ignore[misc]
             if away is not None:
                 deployment.start(away)
@@ -150,7 +151,7 @@ def test_some_away_in_every_round_one_slow_one_sending_nan_and_nobody_waits(
                 deployment.kill(away)
         assert away is not None
         deployment.start(away)
-        deployment.until(lambda: rounds() >= STEPS, "the last round")
+        deployment.until(lambda: rounds() >= 24, "the last round")
         crawl.over.set()
         crawl.join()
         assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
