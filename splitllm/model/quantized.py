@@ -20,7 +20,7 @@ from splitllm.recipe import QuantizationRecipe
 
 BLOCK = 64  # numbers that share a scale in nf4
 OUTER_BLOCK = 256  # scales of nf4 that share a scale where these are quantised, too
-COMPUTE = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Held = dict[str, torch.Tensor]
 """`codes` and `scales`, and where the scales of nf4 are quantised `outer_scales` and `offset`."""
 
@@ -48,7 +48,8 @@ class QuantizedLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = width_in, width_out
-        self.method, self.compute_dtype = how.method, COMPUTE[how.compute_dtype]
+        self.method = how.method
+        self.compute_dtype = None if how.compute_dtype is None else COMPUTE[how.compute_dtype]
         self.weight = _frozen(held["codes"])
         self.scales = _frozen(held["scales"])
         self.outer_scales = _frozen(held["outer_scales"]) if how.double else None

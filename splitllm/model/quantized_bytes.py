@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from splitllm.model.families import layout_of
 from splitllm.model.lora import block_of
-from splitllm.model.quantized import BLOCK, OUTER_BLOCK
+from splitllm.model.quantized import BLOCK, COMPUTE, OUTER_BLOCK
 from splitllm.model.quantizing import widths
 from splitllm.model.shard import meta_model
-from splitllm.recipe import QuantizationRecipe
+from splitllm.recipe import QuantizationRecipe, Recipe
 
 SCALE = 4  # fp32
 OFFSET = 4
@@ -49,6 +49,14 @@ def scratch_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """What one product takes while it runs: the largest weight of a block, in the dtype of the product."""
     shapes = _linear_shapes(config.to_json_string(), type(config).from_dict)
     return max(map(math.prod, shapes.values())) * dtype.itemsize
+
+
+def decoded_bytes(recipe: Recipe, config: PreTrainedConfig, tier: str) -> int:
+    """The same of a role of a tier; 0 where it holds its weights as they are."""
+    if (how := recipe.quantization.get(tier)) is None:
+        return 0
+    half = recipe.train.mixed_precision == "bf16"
+    return scratch_bytes(config, COMPUTE[how.compute_dtype or ("bfloat16" if half else recipe.model.dtype)])
 
 
 @lru_cache(maxsize=8)

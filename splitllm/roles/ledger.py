@@ -29,7 +29,7 @@ from splitllm.model.memory import (
     work_of,
 )
 from splitllm.model.passing import passing_bytes
-from splitllm.model.quantized_bytes import scratch_bytes
+from splitllm.model.quantized_bytes import decoded_bytes
 from splitllm.policy.admission import MIB
 from splitllm.recipe import (
     Recipe,
@@ -247,7 +247,7 @@ class _Book:
     def _unpacked(self, name: str) -> int:
         """The largest weight of a quantised shard, as a product takes it."""
         tier = list(self.recipe.split.tiers)[tier_of(self.recipe, name)[0]]
-        return scratch_bytes(self.config, dtype_of(self.recipe)) if tier in self.recipe.quantization else 0
+        return decoded_bytes(self.recipe, self.config, tier)
 
     def _holes(self, works: Iterable[Work]) -> int:
         """What the allocator leaves unused."""

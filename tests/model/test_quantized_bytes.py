@@ -15,6 +15,7 @@ from splitllm.model.randomness import MicroBatchId
 from splitllm.model.shard import Shard
 from splitllm.model.trainable import Trainable
 from splitllm.recipe import OptimizerRecipe, QuantizationRecipe, Recipe
+from splitllm.roles.ledger import Ledger
 from splitllm.roles.worker import Ask, Worker
 from tests.families import CONFIGS, TARGETS, checkpoint_folder, recipe
 from tests.quantized import METHODS
@@ -51,6 +52,20 @@ def test_a_role_of_a_quantised_tier_is_priced_with_them_and_others_are_not(famil
         assert role_price(wanted, checkpoint.config, modules, name) == role_price(
             plain, checkpoint.config, modules, name
         )
+
+
+def test_the_ledger_has_quantised_weights_and_the_one_that_is_decoded() -> None:
+    config, modules = Checkpoint(checkpoint_folder("gpt2")).config, matched_modules(CONFIGS["gpt2"](), None)
+    raw = recipe("gpt2", [2, 4], dtype="bfloat16").model_dump(mode="json")
+    sections = [{}, {"edge": {"method": "nf4"}}, {"edge": {"method": "nf4", "compute_dtype": "float32"}}]
+    ledgers = [
+        Ledger(Recipe.model_validate({**raw, "quantization": section}), config, modules, 0) for section in sections
+    ]
+    whole, half, wide = (ledger.of("edge-0") for ledger in ledgers)
+    assert half.weights == wide.weights < whole.weights
+    assert half.scratch - whole.scratch == scratch_bytes(config, torch.bfloat16)
+    assert wide.scratch - whole.scratch == 2 * scratch_bytes(config, torch.bfloat16)
+    assert all(ledger.of("cloud") == ledgers[0].of("cloud") for ledger in ledgers)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
