@@ -201,7 +201,8 @@ def prepare(
     if not trained:
         raise RecipeError([f"lora.tiers: {list(recipe.lora.tiers or ())} hold no module that lora.targets matches"])
     plan = Plan(recipe, config, corpus, tuple(trained), len(trained) == len(modules))
-    give_back()  # what the proof of the family took
+    if tier is not None or recipe.split.memory_mib:
+        give_back()  # what the proof of the family took
     if lines := admission_problems(recipe, plan.admissions):
         raise RecipeError(lines)
     if limits:

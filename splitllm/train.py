@@ -17,7 +17,6 @@ from typing import Any
 from splitllm.checkpoint import TrainingState
 from splitllm.errors import RunInterrupted
 from splitllm.metrics import Metrics, Tracker
-from splitllm.model.machine import give_back
 from splitllm.preflight import prepare, refuse_without_room
 from splitllm.recipe import Recipe, goes_by_rounds, intervals, level_due, rounds_line, what_leaves_the_device
 from splitllm.roles.assembly import Assembly, Site, schedule_of
@@ -189,7 +188,6 @@ def _announce(run: Run) -> None:
         run.metrics.say(f"rounds: {rounds_line(run.recipe)}")
     for line in announced(run.plan.ledger):
         run.metrics.say(line)
-    give_back()  # what working that out has left
     for share in run.plan.corpus.shares:
         groups = f" ({', '.join(share.groups)})" if share.groups else ""
         run.metrics.say(f"{share.client}: {share.examples} rows, {share.tokens} tokens{groups}")

@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 
 from splitllm.deployment import client, server  # noqa: F401 (a role's imports are counted)
-from splitllm.model.machine import available_bytes
+from splitllm.model.machine import available_bytes, give_back
 from splitllm.policy.admission import MIB
 from splitllm.preflight import prepare
 from splitllm.recipe import Recipe
@@ -30,6 +30,7 @@ def plan_memory(recipe: Recipe, *, as_json: bool = False, here: bool = False, co
         RecipeError: the recipe cannot run, a role takes more than its tier is given, or there is no room.
     """
     plan, console = prepare(recipe, data=False, limits=False), console or Console()
+    give_back()  # as a role does when it has checked its recipe
     free = available_bytes()
     if as_json:
         sys.stdout.write(json.dumps(ledger_as_json(plan.ledger, free)) + "\n")
