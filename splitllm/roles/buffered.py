@@ -68,14 +68,17 @@ class BufferedHall:
             DivergedError: nothing in the buffer is finite.
         """
         last = arrival.steps == self.rounds.recipe.train.steps
-        async with self._one_at_a_time:
-            await self._take(arrival, last=last)
+        try:
+            async with self._one_at_a_time:
+                await self._take(arrival, last=last)
+        finally:
+            await self._tell()
         async with self._changed:
-            self._changed.notify_all()
             await self._changed.wait_for(lambda: not last or self._all_ended())
-        assert self.rounds.averager is not None
-        value = self.rounds.averager.given()
-        return Verdict({name: value[name] for name in arrival.value}, [], self._buffer.version)
+        async with self._one_at_a_time:  # no step is half made, or not yet on disk
+            assert self.rounds.averager is not None
+            value = self.rounds.averager.given()
+            return Verdict({name: value[name] for name in arrival.value}, [], self._buffer.version)
 
     def over(self, client: int) -> None:
         """Nothing more will come of a client, nor of a member that has no other."""
@@ -87,7 +90,15 @@ class BufferedHall:
     async def _without_it(self) -> None:
         async with self._one_at_a_time:
             if self._all_ended() and self._buffer.inside:
-                await self._step(self.rounds.recipe.train.steps)
+                try:
+                    await self._step(self.rounds.recipe.train.steps)
+                except DivergedError as error:
+                    logger.warning("%s", error)
+                await self._write()
+        await self._tell()
+
+    async def _tell(self) -> None:
+        """Those who wait for the end may look whether it has come."""
         async with self._changed:
             self._changed.notify_all()
 

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 import torch
 
+from splitllm.errors import DivergedError
 from splitllm.federated.rounds import Tensors
 from splitllm.roles.book import Arrival, Verdict
 from splitllm.roles.buffered import BufferedHall
@@ -144,5 +145,35 @@ def test_what_is_not_finite_is_left_out() -> None:
         await hall.bring(change(hall, 0, 4, 1.0, 0))
         found = await hall.bring(change(hall, 1, 4, float("nan"), 0))
         assert moved(found, before) == 1.0 and told[0]["rejected"] == {"edge-1": "not finite"}
+
+    run(test)
+
+
+def test_at_the_end_nobody_waits_for_one_whose_changes_are_of_no_use() -> None:
+    async def test() -> None:
+        hall = top(1)
+        before = start(hall)
+        first = asyncio.create_task(hall.bring(change(hall, 0, 8, 1.0, 0)))
+        await settled()
+        with pytest.raises(DivergedError):
+            await hall.bring(change(hall, 1, 8, float("nan"), 1))
+        assert moved(await asyncio.wait_for(first, 5), before) == 1.0
+
+    run(test)
+
+
+def test_what_is_stepped_since_others_have_ended_is_on_disk_before_it_is_heard() -> None:
+    async def test() -> None:
+        disk = Disk()
+        hall = top(2, disk)
+        before = start(hall)
+        first = asyncio.create_task(hall.bring(change(hall, 0, 8, 1.0, 0)))
+        await settled()
+        assert not first.done()
+        hall.over(2)
+        hall.over(3)
+        assert moved(await asyncio.wait_for(first, 5), before) == 1.0
+        again = top(2, disk)
+        assert float((start(again)[name := next(iter(before))] - before[name]).max()) == 1.0
 
     run(test)
