@@ -132,8 +132,10 @@ class Common:
         """
         if number <= self._round:
             return
-        moved = {n: self.trainable.parameters[n].detach() - tensor for n, tensor in before.items()}
-        made = {n: torch.where(moved[n] == 0, tensor, tensor + moved[n]) for n, tensor in after.items()}
+        now = {n: self.trainable.parameters[n].detach() for n in before}
+        moved = {n: now[n] - tensor.to(now[n].device) for n, tensor in before.items()}
+        there = {n: tensor.to(moved[n].device) for n, tensor in after.items()}
+        made = {n: torch.where(moved[n] == 0, tensor, tensor + moved[n]) for n, tensor in there.items()}
         self.trainable.renew({f"{ADAPTER_SLOT}/{name}": tensor for name, tensor in made.items()}, reset=reset)
         self._round, self._closed, self.changes = number, last, self.changes + 1
         self._values = self._published()

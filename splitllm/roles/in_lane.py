@@ -97,7 +97,7 @@ class InLane:
         ((client, examples),) = rows.items()
         value = dict(message.tensors)
         for tensors in self._rounds.values(self._rounds.due(message.step)):
-            value |= {name: tensor.clone() for name, tensor in tensors.items()}
+            value |= {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}  # as what travels
         weights = {client: each[0] for client, each in self._counts.weights(rows).items()}
         spoiled = bool(message.header.get("spoiled")) or not is_finite(value)
         lesson = replace(self._counts.lesson(client))
