@@ -14,7 +14,7 @@ import torch
 
 from splitllm.errors import PeerError
 from splitllm.roles.hidden import PHASES
-from splitllm.roles.round_checks import FLOATS, RoundBounds, are_reports, are_weights
+from splitllm.roles.round_checks import FLOATS, MOST_EXAMPLES, RoundBounds, are_reports, are_weights
 from splitllm.roles.together import ADAPTER_SLOT, LARGEST_NORM, SLOTS, is_loss, is_number
 from splitllm.wire.message import Message
 
@@ -212,7 +212,7 @@ def _round(allowed: Allowed, child: Child, message: Message) -> None:
     assert bounds is not None
     for client, each in _mapping(message, bounds.counted).items():
         _need(_is_client(client, child), message, f"{bounds.counted} of client {client[:20]!r}, which is not below it")
-        fits = _whole(each, 1, 1 << 53) if bounds.level == 1 else are_weights(each, bounds.levels)
+        fits = _whole(each, 1, MOST_EXAMPLES) if bounds.level == 1 else are_weights(each, bounds.levels)
         _need(fits, message, f"{bounds.counted} of client {client} that are none")
     _need(are_reports(message.header.get("reports", [])), message, "reports that are none")
     if bounds.level == 1 and message.header.get("spoiled") is True and not message.tensors:

@@ -15,6 +15,8 @@ from splitllm.roles.together import is_number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 MOST_REPORTS, LONGEST_REASON, LARGEST_WEIGHT = 1 << 12, 300, 1e15
+MOST_EXAMPLES = 10**9
+"""Rows that a client is believed to have: what it counts, in many rounds together, stays below the largest weight."""
 Shapes = Mapping[str, torch.Size]
 
 
