@@ -163,7 +163,7 @@ class LaneRecord:
         fields = {
             "client": self.name,
             "step": step + 1,
-            "loss": None if loss is None else loss / max(1, labels),
+            "loss": loss / labels if loss is not None and labels else None,
             **self.totals.since_logged(),
             "lr": train.optimizer.lr * self.board.station.schedule(step),
             "grad_norm": sums.norm,

@@ -170,7 +170,7 @@ class Member:
         traffic = self._client.uplink.traffic
         fields = {
             "step": step,
-            "loss": report.loss / max(1, report.labels),
+            "loss": report.loss / report.labels if report.labels else None,
             "tokens": report.tokens,
             "seconds": seconds,
         }

@@ -79,8 +79,7 @@ def door_of(station: Station, journals: Mapping[int, Journal], worker: Worker, u
 
     lanes = Lanes(gates, batching, station.recipe.server.park_after, over, hall, merges_of(station, hall))
     for client in [client for client, journal in journals.items() if journal.over]:
-        lanes.wait_no_more(client)
-        over(client)
+        lanes.ended(client)
     if board is not None and all(journal.finished or journal.over for journal in journals.values()):
         board.done()
     return lanes

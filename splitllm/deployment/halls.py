@@ -74,6 +74,7 @@ def hall_of(
         assert observe is not None
         oldest, discount = buffer.oldest, buffer.discount
         size = buffer.size
+        _check(math.inf if keep.read() is not None else 0, journals, every[-1])
         return BufferedHall(
             rounds, members, keep, station.device, size=size, oldest=oldest, discount=discount, observe=observe
         )
@@ -84,17 +85,16 @@ def hall_of(
     book = Book(rounds, keep, station.device, stop, above, shared, differences=last)
     told = observe if level > 1 else None  # right above clients their lanes tell
     steps, seed = recipe.train.steps, recipe.seed
-    if level == 1:
-        _check(book, journals, every[0])
+    _check(book.number, journals, every[level - 1])
     return Hall(book, members, _rules(recipe, level), every=every[level - 1], steps=steps, seed=seed, observe=told)
 
 
-def _check(book: Book, journals: Mapping[int, Journal], every: int) -> None:
+def _check(number: float, journals: Mapping[int, Journal], every: int) -> None:
     """Lanes go on from what rounds have made: none of them may be further than the rounds are."""
     for client, journal in journals.items():
         held = max(journal.steps(), default=0) // every
-        if held > book.number:
-            found = f"{book.number} rounds, and client {client} has gone on from {held}"
+        if held > number:
+            found = f"{number:g} rounds, and client {client} has gone on from {held}"
             raise CheckpointError(
                 f"{journal.folder.parent}: its folder `rounds` holds {found}; give a new --output-dir"
             )

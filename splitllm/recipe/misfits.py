@@ -51,7 +51,8 @@ def _pace_misfits(recipe: Recipe) -> Iterator[Misfit]:
     continuous = server.batching == "continuous"
     if continuous and adapters == "shared":
         why = "lets clients go at their own pace, so that they cannot step one adapter of their blocks together"
-        advice = "use lora.adapters: common (the blocks above all clients are trained together) or per_client"
+        advice = "use lora.adapters: common (the blocks above all clients are trained together)"
+        advice += "" if goes_by_rounds(recipe) else " or per_client"
         yield ("server.batching", "lora.adapters"), f"server.batching: continuous {why}; {advice}"
     if continuous and adapters == "common" and recipe.train.clip_norm is None:
         why = "lets one client's gradients move what others train with them at their own pace by any amount"

@@ -35,7 +35,8 @@ def rounds_misfits(recipe: Recipe) -> Iterator[Misfit]:
     yield from _interval_misfits(recipe)
     yield from _rule_misfits(recipe)
     yield from _participation_misfits(recipe)
-    yield from _hiding_misfits(recipe)
+    if not goes_by_lanes(recipe):
+        yield from _hiding_misfits(recipe)
     yield from _turn_misfits(recipe)
     yield from _checking_misfits(recipe)
     yield from _elsewhere_misfits(recipe)
@@ -228,14 +229,14 @@ def _pace_misfits(recipe: Recipe) -> Iterator[Misfit]:
                     f"rounds.{key}: {value} needs {pace}; elsewhere all step together, and nobody is late",
                 )
         return
-    if recipe.lora.adapters != "common":
-        why = "averages what clients hold at their server, and what is trained above them between servers"
+    if recipe.lora.adapters == "per_client":
+        why = "rounds average what clients hold at their server, and what is trained above them between servers"
         keys = ("lora.adapters", "server.batching", "rounds.replicas")
-        yield keys, f"lora.adapters: {recipe.lora.adapters} with {pace}: it {why}; use common"
+        yield keys, f"lora.adapters: per_client with {pace}: {why}; use common"
     if rounds.rule not in AT_ANY_PACE:
-        why = "changes more at once than A and B, and there is no step at which all could change it"
+        why = "what it changes at once is more than A and B, and there is no step at which all could change that"
         keys = ("rounds.rule", "server.batching")
-        yield keys, f"rounds.rule: {rounds.rule} with {pace}: it {why}; use {', '.join(AT_ANY_PACE)}"
+        yield keys, f"rounds.rule: {rounds.rule} with {pace}: {why}; use {', '.join(AT_ANY_PACE)}"
     for key, found, wrong, advice in (
         ("rounds.moments", rounds.moments, rounds.moments == "average", "use keep or reset"),
         ("rounds.secure.aggregate", "true", rounds.secure.aggregate, "leave it out"),

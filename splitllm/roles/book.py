@@ -150,13 +150,18 @@ class Book:
         self.reports: Reports = []
         self._since: dict[int, float] = {}
         self._sent: tuple[int, Tensors] | None = None
-        self._base, self._version = self._own(1), 0
+        self._base, self._version, self._writing = self._own(1), 0, asyncio.Lock()
         if (found := keep.read()) is not None:
             self._load(*found)
 
     def given(self, steps: int) -> Tensors | None:
         """What was handed out last of that which members bring after so many steps; None: nothing yet."""
         return self.rounds.handed(steps, max(self.rounds.stops.values())) if self._handed else None
+
+    async def kept(self) -> None:
+        """Wait until what was made last is on disk."""
+        async with self._writing:
+            pass
 
     async def close(self, arrivals: Sequence[Arrival], steps: int) -> Verdict:
         """Hold a round of these.
@@ -169,7 +174,8 @@ class Book:
         due = rounds.due(steps)
         made = await self._device.run(lambda: self._averaged(arrivals, due))
         value = None if made.void or made.combined is None else dict(made.combined.value)
-        if value is not None and self._above is not None:
+        sent_before = self._sent is not None and self._sent[0] == steps  # by a process that was lost
+        if value is not None and self._above is not None and not sent_before:
             self._count([arrival for arrival in arrivals if arrival.name not in made.rejected])
         if due > rounds.level:
             value = await self._from_above(steps, value)
@@ -185,12 +191,13 @@ class Book:
     async def _end(self, value: Tensors | None, steps: int, report: dict[str, Any]) -> Verdict:
         if value is None and steps == self.rounds.recipe.train.steps:
             value = self.given(steps)  # a run ends with one adapter
-        if value is not None:
-            assert self.rounds.averager is not None
-            self.rounds.averager.handed_out(value)
-            self._handed = True
-        self.number, self.reports = self.number + 1, [report]
-        await self._write()
+        async with self._writing:
+            if value is not None:
+                assert self.rounds.averager is not None
+                self.rounds.averager.handed_out(value)
+                self._handed = True
+            self.number, self.reports = self.number + 1, [report]
+            await self._write()
         return Verdict(value, self.reports, self._version)
 
     def _averaged(self, arrivals: Sequence[Arrival], due: int) -> Outcome:
@@ -229,7 +236,7 @@ class Book:
             self._shared.common.step()
         common = {} if self._shared is None else self._shared.common.adapter()
         have = value | self.rounds.arithmetic.sent(common, self.rounds.scale(None))
-        return {name: have.get(name, tensor).detach().clone() for name, tensor in self._own(steps).items()}
+        return {name: have.get(name, t).detach().to("cpu", copy=True) for name, t in self._own(steps).items()}
 
     def _go_on(self, shared: Shared, sent: Tensors, value: Tensors, steps: int) -> Callable[[], None]:
         rounds, like = self.rounds, shared.common.adapter()

@@ -55,7 +55,7 @@ class Hall:
         self.book, self._members, self._rules = book, dict(members), rules
         self._every, self._steps, self._seed, self._clock, self._observe = every, steps, seed, clock, observe
         self._over: set[int] = set()
-        self._away: set[str] = set()
+        self._away, self._met = set[str](), set[str]()
         self._round: Round | None = None
         self._here: dict[str, Arrival] = {}
         self._outcome: asyncio.Future[Verdict] | None = None
@@ -69,6 +69,7 @@ class Hall:
 
     def asks(self, name: str, step: int) -> bool:
         """Whether a member is to train in a step: its round is under way, and wants it."""
+        self._met.add(name)
         if step // self._every != self.book.number or self._closing is not None:
             return False
         return name in self._under_way().asked
@@ -80,9 +81,10 @@ class Hall:
             DivergedError: nothing that anybody brought is finite.
             PeerError: its round is not due yet, or the server above gave no answer of use.
         """
+        self._met.add(arrival.name)
         number = -(-arrival.steps // self._every)
         if number <= self.book.number:
-            return self._late(arrival, number)
+            return await self._late(arrival, number)
         if number > self.book.number + 1:
             raise PeerError(f"{arrival.name} brought round {number}, where {self.book.number + 1} is due")
         if self._outcome is None:
@@ -90,7 +92,7 @@ class Hall:
         outcome = self._outcome
         if self._closing is None and arrival.name not in self._here:
             self._here[arrival.name] = arrival
-            self._arrives(arrival)
+            self._arrives(arrival, self._clock())
             self.look()
         return await asyncio.shield(outcome)
 
@@ -101,6 +103,7 @@ class Hall:
 
     def back(self, name: str) -> None:
         """A member is connected."""
+        self._met.add(name)
         self._away.discard(name)
 
     def over(self, client: int) -> None:
@@ -140,14 +143,18 @@ class Hall:
 
     # Who has come, and what is done then.
 
-    def _arrives(self, arrival: Arrival) -> None:
-        now = self._under_way()
-        if arrival.spoiled or (not arrival.weight and self.book.rounds.level == 1):
-            self._round = policy.leave(now, [arrival.name])  # it has nothing to bring, and waits for the outcome
+    def _arrives(self, arrival: Arrival, at: float) -> None:
+        this = self._under_way()
+        if self._is_idle(arrival):
+            self._round = policy.leave(this, [arrival.name])
             return
-        self._round, told = policy.arrive(now, arrival.name, now.key, self._clock())
+        self._round, told = policy.arrive(this, arrival.name, this.key, at)
         if told.line:
             logger.info("%s", told.line)
+
+    def _is_idle(self, arrival: Arrival) -> bool:
+        """Whether it has nothing to bring, and waits for the outcome."""
+        return arrival.spoiled or (not arrival.weight and self.book.rounds.level == 1)
 
     def look(self) -> None:
         """Wait on, hold the round, try it again or give it up."""
@@ -161,18 +168,21 @@ class Hall:
             return
         found = policy.decide(self._under_way(), self._clock())
         if isinstance(found, Waiting):
-            if math.isfinite(found.until):
-                seconds = max(0.0, found.until - self._clock())
-                self._timer = asyncio.get_running_loop().call_later(seconds, self.look)
+            self._look_at(found.until)
         elif isinstance(found, Closed):
             self._closing = asyncio.create_task(self._close(found))
         elif not self._again(found.line):
             self._closing = asyncio.create_task(self._close(found.line))
 
+    def _look_at(self, then: float) -> None:
+        if math.isfinite(then):
+            seconds = max(0.0, then - self._clock())
+            self._timer = asyncio.get_running_loop().call_later(seconds, self.look)
+
     def _again(self, line: str) -> bool:
         """Try a round anew with all that can still bring something, until they are enough; False: they cannot be."""
         this = self._under_way()
-        idle = {name for name, one in self._here.items() if name not in this.arrived}
+        idle = {name for name, one in self._here.items() if self._is_idle(one)}
         able = [name for name in self._there() if name not in idle]
         if len(able) < self._rules.minimum:
             return False
@@ -180,8 +190,8 @@ class Hall:
         draw = Draw(self._seed, this.key[0], this.key[1] + 1)
         self._round = self._begun(Asked(tuple(able), self._rules.minimum), draw)
         for arrival in list(self._here.values()):
-            self._arrives(arrival)
-        self.look()
+            self._arrives(arrival, self._round.began)
+        self._look_at(self._round.began)
         return True
 
     async def _close(self, found: Closed | str) -> None:
@@ -196,16 +206,18 @@ class Hall:
                 verdict = await self.book.close([self._here[name] for name in found.members] + spoiled, steps)
             else:
                 verdict = await self.book.give_up(steps, found)
+            if self._observe is not None:
+                self._observe(steps, verdict.reports)
         except BaseException as error:
             outcome.set_exception(error)
             outcome.exception()  # nobody may be waiting
             if not isinstance(error, Exception):
                 raise
         else:
-            if self._observe is not None:
-                self._observe(steps, verdict.reports)
             outcome.set_result(verdict)
         finally:
+            for name in self._members.keys() - self._met:  # they may come yet, and were waited for once
+                self.away(name)
             self._here, self._outcome, self._round, self._closing = {}, None, None, None
 
     def _remember(self, this: Round, found: Closed) -> None:
@@ -220,7 +232,8 @@ class Hall:
         missing = [name for name in this.asked if name not in reports]
         self.book.history = recorded(self.book.history, this.key[0], reports, missing, self._clock() - this.began)
 
-    def _late(self, arrival: Arrival, number: int) -> Verdict:
+    async def _late(self, arrival: Arrival, number: int) -> Verdict:
+        await self.book.kept()
         logger.info(
             "late for a round", extra={"fields": {"client": arrival.name, "step": arrival.steps, "counted": False}}
         )

@@ -152,6 +152,13 @@ class Lanes:
         for child in gate.children:
             gate.left(child)
 
+    def ended(self, client: int) -> None:
+        """This lane is over before its last step, and nobody waits for it: neither the run, nor its rounds."""
+        self.wait_no_more(client)
+        if self._hall is not None:
+            self._hall.over(client)
+        self._tell_of(client)
+
     def _merging(self, message: Message) -> MergeDoor:
         if self._merges is None or message.sender not in self.children:
             raise PeerError(f"{message.sender} sent merge, where nobody merges")
@@ -176,10 +183,7 @@ class Lanes:
         client = message.micro_batch[1]
         logger.warning("this client has diverged", extra={"fields": {"client": client, "reason": str(error)}})
         gate.end("its values are not finite")
-        self.wait_no_more(client)
-        if self._hall is not None:
-            self._hall.over(client)
-        self._tell_of(client)
+        self.ended(client)
         if message.kind == "diverged" and gate.server.uplink is not None:
             task = asyncio.create_task(_tell_above(gate, client, error))
             self._telling.add(task)

@@ -44,6 +44,10 @@ def test_the_line_on_rounds_says_who_is_asked_and_waited_for(recipe_with: Any) -
         ([*LOCAL, "rounds.buffer.size=1"], "rounds.buffer.size: 1 needs server.batching: continuous"),
         (["rounds.buffer.size=1"], "rounds.buffer: needs rounds.replicas: local"),
         ([*PACED, "lora.adapters=per_client"], "lora.adapters: per_client with server.batching: continuous"),
+        (
+            [*PACED, "lora.adapters=shared"],
+            "above all clients are trained together)",
+        ),
         ([*PACED, "rounds.rule=fedex"], "rounds.rule: fedex with server.batching: continuous"),
         ([*PACED, "rounds.rule=rolora"], "use fedavg, ffa, hetlora, trimmed_mean, median"),
         ([*PACED, "rounds.moments=average"], "rounds.moments: average needs rounds that all hold at one step"),

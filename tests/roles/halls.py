@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,11 @@ def rounds_in(wanted: Recipe, name: str, level: int) -> Rounds:
 
 
 def hall_of(
-    wanted: Recipe, rules: Rules, disk: Disk | None = None, clock: Clock | None = None, above: Above | None = None
+    wanted: Recipe,
+    rules: Rules,
+    disk: Disk | None = None,
+    clock: Callable[[], float] | None = None,
+    above: Above | None = None,
 ) -> Hall:
     """Of the edge, or of the first of several."""
     name = "edge" if wanted.split.tiers["edge"] == 1 else "edge-0"

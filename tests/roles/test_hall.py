@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
 
 from splitllm.errors import DivergedError, PeerError
 from splitllm.policy.participation import Rules
+from splitllm.roles.convening import Reports
+from splitllm.roles.hall import Hall
 from tests.roles.halls import Above, Clock, Disk, brought, constant, hall_of, like, paced
 
 
@@ -130,6 +135,24 @@ def test_who_is_away_is_not_asked_for_a_new_round_and_who_comes_back_is() -> Non
     run(test)
 
 
+def test_who_never_came_costs_one_deadline_and_not_one_a_round() -> None:
+    async def test() -> None:
+        clock = Clock()
+        hall = hall_of(paced(), Rules(deadline=10.0), clock=clock)
+        first = [asyncio.create_task(hall.bring(brought(hall, c, 2, 5.0))) for c in (0, 1, 2)]
+        await settled()
+        assert not first[0].done()
+        clock.now = 10.0
+        hall.look()
+        assert {constant((await task).value) for task in first} == {5.0}
+        then = [asyncio.create_task(hall.bring(brought(hall, c, 4, 6.0))) for c in (0, 1, 2)]
+        assert {constant((await task).value) for task in then} == {7.0}
+        hall.back("client-3")
+        assert hall.asks("client-3", 4)
+
+    run(test)
+
+
 def test_what_is_not_finite_is_left_out_and_named_and_what_all_bring_ends_them() -> None:
     async def test() -> None:
         hall = hall_of(paced(), Rules())
@@ -211,6 +234,7 @@ def test_what_goes_further_up_is_all_since_the_last_time_and_is_brought_once() -
         assert {constant((await task).value) for task in tasks} == {7.0}
         ((at, weights, _, value),) = above.asked
         assert at == 8 and constant(value) == 6.0
+        assert weights == {0: 2.0, 1: 2.0}  # of both rounds, the second of which was begun twice
 
     run(test)
 
@@ -235,5 +259,76 @@ def test_nothing_that_was_handed_out_is_shared_with_what_is_handed_out_next() ->
             tensor.fill_(99.0)
         assert constant(like(hall)) == 1.0
         assert all(torch.equal(tensor, start[name]) is False for name, tensor in like(hall).items())
+
+    run(test)
+
+
+def test_who_comes_after_the_deadline_to_a_round_without_anybody_counts_when_it_is_repeated() -> None:
+    async def test() -> None:
+        clock = Clock()
+        hall = hall_of(paced(), Rules(deadline=1.0, minimum=2), clock=clock)
+        assert all(hall.asks(f"client-{client}", 0) for client in range(4))
+        clock.now = 5.0  # all are slower than the deadline
+        slow = asyncio.create_task(hall.bring(brought(hall, 0, 2, 0.0)))
+        await settled()
+        assert not slow.done()
+        verdict = await hall.bring(brought(hall, 1, 2, 2.0))
+        assert constant(verdict.value) == 1.0 == constant((await slow).value)
+        assert verdict.reports[0]["updates"] == 2
+
+    run(test)
+
+
+def test_a_deadline_that_nobody_can_meet_is_tried_again_without_end_and_stops_nothing_else() -> None:
+    async def test() -> None:
+        hall = hall_of(paced(), Rules(deadline=1e-9, minimum=2), clock=time.monotonic)
+        one = asyncio.create_task(hall.bring(brought(hall, 0, 2, 2.0)))
+        await settled()
+        assert not one.done()
+        assert constant((await hall.bring(brought(hall, 1, 2, 4.0))).value) == 3.0 == constant((await one).value)
+
+    run(test)
+
+
+def test_what_is_not_on_disk_yet_is_not_heard_by_who_comes_late() -> None:
+    async def test() -> None:
+        class Slow(Disk):
+            def __init__(self) -> None:
+                super().__init__()
+                self.may = threading.Event()
+
+            def write(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+                assert self.may.wait(10)
+                super().write(tensors, values)
+
+        clock, disk = Clock(), Slow()
+        hall = hall_of(paced(), Rules(deadline=1.0), disk, clock)
+        one = asyncio.create_task(hall.bring(brought(hall, 0, 2, 2.0)))
+        await settled()
+        clock.now = 1.0
+        hall.look()
+        await settled()
+        late = asyncio.create_task(hall.bring(brought(hall, 1, 2, 9.0)))
+        await settled()
+        assert not one.done() and not late.done()
+        disk.may.set()
+        assert constant((await late).value) == 2.0 == constant((await one).value)
+        assert disk.writes == 1
+
+    run(test)
+
+
+def test_a_round_of_which_nothing_can_be_told_keeps_nobody_waiting() -> None:
+    async def test() -> None:
+        def full(_steps: int, _reports: Reports) -> None:
+            raise OSError("no space left")
+
+        usual = hall_of(paced(), Rules())
+        members = {f"client-{client}": [client] for client in range(4)}
+        hall = Hall(usual.book, members, Rules(), every=2, steps=8, seed=0, clock=Clock(), observe=full)
+        tasks = [asyncio.create_task(hall.bring(brought(hall, c, 2, 2.0))) for c in range(4)]
+        for task in tasks:
+            with pytest.raises(OSError, match="no space"):
+                await asyncio.wait_for(task, 5)
 
     run(test)
