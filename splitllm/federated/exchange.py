@@ -65,11 +65,7 @@ class Exchange:
             raise OSError(errno.EADDRINUSE, "another process listens there")
         with contextlib.suppress(FileNotFoundError):
             Path(where).unlink()  # of a process that was killed
-        mask = os.umask(0o177)
-        try:
-            self._server = await asyncio.start_unix_server(self._serve, where)
-        finally:
-            os.umask(mask)
+        self._server = await asyncio.start_unix_server(self._serve, sock=_bound(where))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -183,6 +179,24 @@ class Exchange:
         self._due, self._given = None, due.step
         if not due.outcome.done():
             due.outcome.set_result(outcome)
+
+
+def _bound(where: str) -> socket.socket:
+    """A socket at a path, which its owner alone may open from its first moment on.
+
+    Raises:
+        OSError: there is no such folder, or no right to write there.
+    """
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)  # of the whole process: nothing else may run until it is set back
+    try:
+        found.bind(where)
+    except BaseException:
+        found.close()
+        raise
+    finally:
+        os.umask(mask)
+    return found
 
 
 def _is_answered(path: str) -> bool:

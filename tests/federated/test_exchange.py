@@ -276,6 +276,18 @@ def test_a_unix_socket_is_its_owners_alone(tmp_path: Path) -> None:
     assert asyncio.run(main()) == 0o600
 
 
+def test_two_that_are_opened_at_once_leave_what_the_process_writes_as_it_was(tmp_path: Path) -> None:
+    async def main() -> None:
+        both = [Exchange(f"unix:{tmp_path}/{name}.sock", RULES) for name in ("a", "b")]
+        await asyncio.gather(*(each.__aenter__() for each in both))
+        await asyncio.gather(*(each.__aexit__() for each in both))
+
+    (tmp_path / "before").mkdir()
+    asyncio.run(main())
+    (tmp_path / "after").mkdir()
+    assert (tmp_path / "after").stat().st_mode == (tmp_path / "before").stat().st_mode
+
+
 def test_a_client_of_every_round_loads_no_torch() -> None:
     code = "import sys, splitllm.federated.parcels, splitllm.federated.calling; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
