@@ -289,6 +289,10 @@ def deployed(path: Path, folder: Path, *overrides: str) -> Iterator[Deployment]:
 
 
 def counted(folder: Path) -> list[tuple[Any, ...]]:
-    """Event, step, loss, tokens of every line of a run's metrics."""
+    """Event, step, loss, tokens of every line of a run's metrics that has them."""
     records = read_records(folder / "metrics.jsonl")
-    return [(record["event"], record["step"], record["loss"], record.get("tokens")) for record in records]
+    return [
+        (record["event"], record["step"], record["loss"], record.get("tokens"))
+        for record in records
+        if "loss" in record
+    ]

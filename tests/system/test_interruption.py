@@ -14,6 +14,7 @@ from splitllm.checkpoint import newest
 from splitllm.metrics import read_records
 from splitllm.recipe import load_recipe
 from splitllm.train import train
+from tests.faults.deployment import counted
 from tests.tiny import write_recipe
 
 pytestmark = pytest.mark.system
@@ -78,7 +79,7 @@ def test_ctrl_c_then_kills_then_the_end(tmp_path: Path) -> None:
     train(load_recipe(tmp_path / "recipe.yaml", LONG), tmp_path / "whole")
     same = "adapter/adapter_model.safetensors"
     assert (run / same).read_bytes() == (tmp_path / "whole" / same).read_bytes()
-    losses = [[r["loss"] for r in read_records(folder / "metrics.jsonl")] for folder in (run, tmp_path / "whole")]
+    losses = [[found[2] for found in counted(folder)] for folder in (run, tmp_path / "whole")]
     assert losses[0] == losses[1]
 
 

@@ -17,6 +17,7 @@ from splitllm.checkpoint import newest
 from splitllm.metrics import read_records
 from splitllm.recipe import load_recipe
 from splitllm.train import train
+from tests.faults.deployment import counted
 from tests.processes import free_port
 from tests.tiny import write_recipe
 
@@ -88,7 +89,7 @@ def test_two_ranks_give_the_adapter_of_one(folder: Path, launcher: str, split: l
     said, complaints = ends(process)
     assert process.returncode == 0, complaints
     assert furthest(folder / "one", folder / "two") <= 1e-11
-    losses = [[r["loss"] for r in read_records(folder / run / "metrics.jsonl")] for run in ("one", "two")]
+    losses = [[found[2] for found in counted(folder / run)] for run in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-11)
     assert "process-0" in said and "process-1" in said
     assert str(summary["train_tokens"]) in said
