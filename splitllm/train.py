@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from splitllm.checkpoint import TrainingState
-from splitllm.errors import RunInterrupted
+from splitllm.errors import RecipeError, RunInterrupted
 from splitllm.metrics import Metrics, Tracker
 from splitllm.preflight import prepare, refuse_without_room
 from splitllm.recipe import Recipe, goes_by_rounds, intervals, level_due, rounds_line, what_leaves_the_device
@@ -65,6 +65,9 @@ def opened_run(recipe: Recipe, directory: Path, resume: bool = False) -> tuple[R
         RecipeError, CheckpointError: as those of `train`.
     """
     saved = saved_state(recipe, directory, resume)
+    if recipe.server.processes > 1:
+        advice = "splitllm train spreads roles over train.processes; set it to 1"
+        raise RecipeError([f"server.processes: {recipe.server.processes} is for a server started by itself; {advice}"])
     processes = Processes(recipe.train.processes, "train.processes")
     share_cores(recipe.train, processes)
     plan = prepare(recipe)

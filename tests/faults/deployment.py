@@ -176,6 +176,10 @@ class Deployment(RolesOfRecipe):
         label = label or directory or name
         return Process(words, self.log_of(label), self.log_of(label, "err"), env)
 
+    def command_of(self, name: str, *more: str) -> list[str]:
+        """The words after `splitllm` that run a role."""
+        return self.words_of(name, self._listen, self._relayed, *more)
+
     # Faults.
 
     def kill(self, *names: str, number: signal.Signals = signal.SIGKILL) -> None:

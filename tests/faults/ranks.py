@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 from tests.faults.deployment import Deployment, Process
-from tests.processes import free_port
+from tests.processes import ROOT, free_port
 
 
 class Ranked:
@@ -52,3 +57,47 @@ class Ranked:
         more = (f"server.processes={count}", *self.more)
         label = self.name if rank == 0 else f"{self.name}-rank-{rank}"
         return self.deployment.spawn(self.name, more=more, label=label, env=env if count > 1 else None)
+
+
+class Launched:
+    """The same by `accelerate launch`."""
+
+    def __init__(self, deployment: Deployment, name: str, config: Path) -> None:
+        words = deployment.command_of(name, "server.processes=2")
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+        port = ["--main_process_port", str(free_port())]
+        self._deployment = deployment
+        with deployment.log_of(name).open("ab") as out, deployment.log_of(name, "err").open("ab") as err:
+            command = [sys.executable, *launch, *port, "-m", "splitllm", *words]
+            self._process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
+
+    def ranks(self) -> list[int]:
+        """Process ids, by rank."""
+        found = {}
+        for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+            if pid != self._process.pid and _session(pid) == self._process.pid:
+                environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                found |= {int(word.removeprefix(b"RANK=")): pid for word in environ if word.startswith(b"RANK=")}
+        return [found[rank] for rank in sorted(found)]
+
+    def wait(self) -> int:
+        """Until the launcher has ended: its exit status."""
+        self._deployment.until(lambda: self._process.poll() is not None, "the launcher to end")
+        return int(self._process.returncode)
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def seconds_of(pid: int) -> float:
+    """What a process has computed so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _session(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.getsid(pid)
+    return None

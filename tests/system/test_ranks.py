@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from safetensors.torch import load_file
 from splitllm.recipe import load_recipe
 from splitllm.train import train
 from tests.faults.deployment import deployed
-from tests.faults.ranks import Ranked
+from tests.faults.ranks import Launched, Ranked, seconds_of
+from tests.processes import ROOT
 from tests.tiny import write_recipe
 
 pytestmark = pytest.mark.system
@@ -93,3 +96,41 @@ def test_a_server_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
             edge.start(count)
         assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
         assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
+
+
+def test_accelerate_launches_a_server_and_who_waits_does_not_spin(tmp_path: Path) -> None:
+    recipe, words = write_recipe(tmp_path), (*WORDS, "server.batching=synchronous")
+    train(load_recipe(recipe, words), tmp_path / "one")
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+        edge = Launched(deployment, "edge", ROOT / "recipes" / "accelerate" / "cpu.yaml")
+        try:
+            deployment.start("cloud")
+            deployment.until(lambda: bool(deployment.said("edge", "follows")), "rank 1 to wait")
+            before = [seconds_of(pid) for pid in edge.ranks()]
+            time.sleep(3)
+            spent = [seconds_of(pid) - then for pid, then in zip(edge.ranks(), before, strict=True)]
+            assert len(spent) == 2
+            assert max(spent) < 0.3, spent
+            deployment.start(*(name for name in deployment.names if name not in ("edge", "cloud")))
+            assert set(deployment.finish().values()) == {0}, deployment.tails()
+            assert edge.wait() == 0
+        finally:
+            edge.end()
+        assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_accelerate_ends_all_when_a_rank_is_killed(rank: int, tmp_path: Path) -> None:
+    recipe, words = write_recipe(tmp_path), (*WORDS, "train.steps=2000")
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+        edge = Launched(deployment, "edge", ROOT / "recipes" / "accelerate" / "cpu.yaml")
+        try:
+            deployment.start(*(name for name in deployment.names if name != "edge"))
+            deployment.until_step(3)
+            ranks = edge.ranks()
+            os.kill(ranks[rank], signal.SIGKILL)
+            assert edge.wait() == 1
+            deployment.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), "all ranks to end")
+            assert all(deployment.running[name].status is None for name in deployment.running)
+        finally:
+            edge.end()
