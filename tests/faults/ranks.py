@@ -69,15 +69,15 @@ class Launched:
         self._deployment = deployment
         with deployment.log_of(name).open("ab") as out, deployment.log_of(name, "err").open("ab") as err:
             command = [sys.executable, *launch, *port, "-m", "splitllm", *words]
-            self._process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
+            self._process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err)
 
     def ranks(self) -> list[int]:
         """Process ids, by rank."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         found = {}
-        for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
-            if pid != self._process.pid and _session(pid) == self._process.pid:
-                environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                found |= {int(word.removeprefix(b"RANK=")): pid for word in environ if word.startswith(b"RANK=")}
+        for pid in map(int, children):
+            environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {int(word.removeprefix(b"RANK=")): pid for word in environ if word.startswith(b"RANK=")}
         return [found[rank] for rank in sorted(found)]
 
     def wait(self) -> int:
@@ -86,8 +86,10 @@ class Launched:
         return int(self._process.returncode)
 
     def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        for pid in self.ranks() if self._process.poll() is None else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait()
 
 
@@ -95,9 +97,3 @@ def seconds_of(pid: int) -> float:
     """What a process has computed so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _session(pid: int) -> int | None:
-    with contextlib.suppress(OSError):
-        return os.getsid(pid)
-    return None

@@ -34,6 +34,7 @@ MODES = {
     "together": ("server.batching=synchronous",),
     "labels at the cloud": ("server.batching=synchronous", "split.labels=cloud"),
     "each its own": ("server.batching=synchronous", "lora.adapters=per_client"),
+    "at their own pace": ("server.batching=continuous", "lora.adapters=per_client"),
     "checkpointed": ("train.activation_checkpointing=true", "lora.rank=2"),
     "dropout": ("server.batching=synchronous", "lora.dropout=0.2"),
 }
@@ -63,16 +64,17 @@ def test_two_ranks_learn_what_one_process_learns(mode: str, tmp_path: Path) -> N
         assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
 
 
-def test_a_rank_that_is_killed_stops_all_and_they_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.soak)])
+def test_a_rank_that_is_killed_stops_all_and_they_go_on(kills: int, tmp_path: Path) -> None:
     recipe, drawn = write_recipe(tmp_path), random.Random(time.time_ns())
-    words = (*WORDS, "server.batching=synchronous", "train.steps=40")
+    words = (*WORDS, "server.batching=synchronous", f"train.steps={20 * kills}")
     train(load_recipe(recipe, words), tmp_path / "one")
     with deployed(recipe, tmp_path / "run", *words) as deployment:
         edge = Ranked(deployment, "edge")
         edge.start(2)
         deployment.start(*(name for name in deployment.names if name != "edge"))
-        for kill in range(2):
-            deployment.until_step(8 + 12 * kill)
+        for kill in range(kills):
+            deployment.until_step(8 + 15 * kill)
             time.sleep(drawn.random() / 4)
             rank = drawn.randrange(2)
             assert edge.kill(rank) == [1], deployment.tails()
