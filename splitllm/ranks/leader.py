@@ -134,7 +134,7 @@ class Leader:
         return self._inputs(run, wanted, found)
 
     def _order_forward(self, number: int, asks: Sequence[Ask], shares: list[list[Part]], *, graph: bool) -> None:
-        changed = self._changed()
+        changed = self._changed({ask.rows.micro_batch.client for ask in asks})
         values: dict[str, Any] = {"order": "forward", "run": number, "graph": graph, "adapters": list(changed)}
         values["forget"] = [self._forgotten.pop() for _ in range(len(self._forgotten))]
         for rank in self._others:
@@ -144,9 +144,9 @@ class Leader:
             tensors = [*changed.values(), *(tensor for ask in sent for tensor in tensors_of(ask))]
             self._peers.send(rank, {**values, "asks": [described(ask) for ask in sent], "companion": beside}, tensors)
 
-    def _changed(self) -> dict[str, torch.Tensor]:
-        """Adapters that the other ranks do not have as they are now."""
-        now = {key: adapters.values(parameters) for key, parameters in self._adapters.items()}
+    def _changed(self, clients: set[int]) -> dict[str, torch.Tensor]:
+        """Adapters of these clients that the other ranks do not have as they are now."""
+        now = {key: adapters.values(self._adapters[key]) for key in adapters.used(self._adapters, clients)}
         changed = {k: row for k, row in now.items() if k not in self._sent or not torch.equal(row, self._sent[k])}
         self._sent |= changed
         return changed

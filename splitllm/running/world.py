@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from splitllm.errors import RecipeError
 from splitllm.recipe import TrainRecipe
 
+LOOPBACK = "lo"
+
 
 @dataclass(frozen=True)
 class World:
@@ -120,6 +122,8 @@ def share_cores(train: TrainRecipe, processes: Processes) -> None:
     if started != processes.count:
         raise RecipeError([processes.mismatch(started)])
     local = int(os.environ.get("LOCAL_WORLD_SIZE", started))
+    if 1 < started == local:  # all on this machine: nobody else has to reach them
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     torch.set_num_threads(train.threads or max(1, len(os.sched_getaffinity(0)) // local))
 
 
