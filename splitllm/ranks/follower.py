@@ -74,7 +74,7 @@ class Follower:
             adapters.put_values(self._adapters[key], next(coming))
         asks = [ask_of(each, coming) for each in values["asks"]]
         device, graph, extra = self._worker.device, values["graph"], int(values["companion"])
-        leaves = [ask.inputs.to(device).requires_grad_(ask.input_gradient and graph) for ask in asks]
+        leaves = [ask.inputs.to(device).requires_grad_(graph) for ask in asks]
         outputs = self._worker.through(asks, leaves, graph=graph)
         if graph:
             held = [replace(ask, inputs=leaf) for ask, leaf in zip(asks, leaves, strict=True)]

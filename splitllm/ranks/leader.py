@@ -1,7 +1,8 @@
 """Rank 0: has the clients, the adapters and their optimisers, and shares every batch out.
 
-All ranks compute the same batches in the same order, each its rows. Before a forward the others get the adapters that
-have changed; after a backward their gradients are added, in the order of the ranks.
+All ranks compute the same batches in the same order, each its rows, and go backward through the same blocks, whoever
+wants gradients of what: where weights are sharded, they are gathered from all. Before a forward the others get the
+adapters that have changed; after a backward their gradients are added, in the order of the ranks.
 
 Shape suffixes: T real tokens of a micro-batch or a part, D hidden width.
 """
@@ -99,7 +100,7 @@ class Leader:
         number = next(self._numbers)
         self._order_forward(number, asks, shares, graph=graph)
         own = [piece(asks[part.ask], part, leaves[part.ask].detach()) for part in shares[0]]
-        inputs = [each.inputs.requires_grad_(each.input_gradient and graph) for each in own]
+        inputs = [each.inputs.requires_grad_(graph) for each in own]
         try:
             outputs = self._worker.through(own, inputs, graph=graph)
         finally:
