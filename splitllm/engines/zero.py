@@ -55,7 +55,30 @@ class Partitioned:
         for module in shard.model.modules():
             own = [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id")]
             if own:
-                module.register_forward_pre_hook(lambda m, _a: self._need(m))
+                module.register_forward_pre_hook(lambda m, _a: self._begin(m))
+                module.register_forward_hook(lambda *_: self._end(), always_call=True)
+
+    def _begin(self, module):
+        self._need(module)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        hooks.__enter__()
+        self._hooks = hooks
+
+    def _end(self):
+        self._hooks.__exit__()
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
+            p = self._pointers.get(tensor.untyped_storage().data_ptr())
+            if p is None:
+                return tensor
+            assert self._open is not None
+            return _Saved(self._open, p, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def _unpack(self, held: torch.Tensor | _Saved) -> torch.Tensor:
+            if isinstance(held, torch.Tensor):
+                return held
+            self._need(held.owner)
+            return held.parameter.data.as_strided(held.size, held.stride, held.offset)
 
     def _need(self, module: nn.Module) -> None:
         if module is self._open:
@@ -73,29 +96,12 @@ class Partitioned:
             self._gathered.__exit__(None, None, None)
         self._open, self._gathered, self._pointers = None, None, {}
 
-    @contextmanager
-    def saving(self, seen: Callable[[torch.Tensor], None] = lambda _: None) -> Iterator[None]:
-        def pack(tensor: torch.Tensor) -> torch.Tensor | _Saved:
-            p = self._pointers.get(tensor.untyped_storage().data_ptr())
-            if p is None:
-                seen(tensor)
-                return tensor
-            assert self._open is not None
-            return _Saved(self._open, p, tensor.size(), tensor.stride(), tensor.storage_offset())
-
-        def unpack(held: torch.Tensor | _Saved) -> torch.Tensor:
-            if isinstance(held, torch.Tensor):
-                return held
-            self._need(held.owner)
-            return held.parameter.data.as_strided(held.size, held.stride, held.offset)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-        self.release()
-
 
 def default_group() -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed.ops
+    deepspeed.ops.__compatible_ops__["shm_comm"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group("gloo")
