@@ -1,4 +1,4 @@
-"""Folders for files that no process outlives: removed at the end, and by whoever comes next after a process was killed."""
+"""Folders for files that go with their process: removed at the end, or by whoever comes next if it was killed."""
 
 from __future__ import annotations
 

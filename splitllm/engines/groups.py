@@ -21,5 +21,6 @@ def join_group(device: torch.device) -> int:
     """
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed asks for it
     if not dist.is_initialized():
-        dist.init_process_group(BACKENDS[device.type], store=dist.HashStore(), rank=0, world_size=1)
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(BACKENDS[device.type], store=alone, rank=0, world_size=1)
     return dist.get_world_size()

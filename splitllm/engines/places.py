@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def _place(parameter: nn.Parameter) -> tuple[str, int, int]:
     """Where, what identifies it, and its bytes."""
     part = getattr(parameter, "ds_tensor", None)
     if part is None:
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         return "device", local.untyped_storage().data_ptr(), local.nbytes
     if part.final_location is not None:
         return "files", id(part), part.ds_numel * parameter.element_size()

@@ -6,7 +6,6 @@ again; which is whole when is decided here (decision 20). Vectors (norms, biases
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +122,7 @@ class Partitioned:
         parameter = self._pointers.get(tensor.untyped_storage().data_ptr())
         if parameter is None or self._whole is None:
             return tensor
-        return _Saved(self._whole, parameter, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _Saved(self._whole, parameter, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, saved: torch.Tensor | _Saved) -> torch.Tensor:
         if isinstance(saved, torch.Tensor):

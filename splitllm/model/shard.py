@@ -192,11 +192,7 @@ class Shard(nn.Module):
         quantization: QuantizationRecipe | None = None,
         take: Callable[[nn.Module], None] | None = None,
     ) -> Shard:
-        """As `from_pretrained`, for a family that has been admitted already.
-
-        Args:
-            take: gets each block as soon as it is read, before the next one is.
-        """
+        """As `from_pretrained`, for a family that has been admitted already; `take` gets each block once it is read."""
         config, layout = checkpoint.config, layout_of(checkpoint.config)
         blocks = config.num_hidden_layers
         stop = blocks if stop is None else stop

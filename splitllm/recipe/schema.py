@@ -195,8 +195,8 @@ class TenantRecipe(QuotaRecipe):
 class ZeroRecipe(Section):
     """How servers hold the frozen matrices of their blocks (by DeepSpeed; arXiv 1910.02054, 2104.07857).
 
-    With stage 3 each is spread over the processes of a server and whole only while it computes (null: always whole). The
-    parts lie on the device, in host memory (`cpu`), or in files below `nvme_path`.
+    With stage 3 each is spread over the processes of a server and whole only while it computes (null: always whole).
+    The parts lie on the device, in host memory (`cpu`), or in files below `nvme_path`.
     """
 
     stage: Literal[3] | None = None

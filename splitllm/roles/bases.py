@@ -1,4 +1,4 @@
-"""The frozen weights of the roles of one process: read once for all that hold the same blocks, by the engine of their tier."""
+"""The frozen weights of the roles of one process: read once for all that hold the same blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from splitllm.engines.fsdp import shard_by_fsdp2
 from splitllm.engines.zero import Partitioned
 from splitllm.model.loading import Checkpoint
 from splitllm.model.memory import has_head, largest_matrix
@@ -50,6 +49,8 @@ class Bases:
         if (tier, bounds) in self._partitioned:
             self._partitioned[tier, bounds].attach(shard)
         elif self._by_fsdp(tier):
+            from splitllm.engines.fsdp import shard_by_fsdp2  # what it imports takes memory that clients do not have
+
             shard_by_fsdp2(shard, self.device)
 
     def _by_fsdp(self, tier: int) -> bool:
