@@ -228,6 +228,17 @@ def shard_bytes(config: PreTrainedConfig, start: int, stop: int, head: bool, dty
     return sum(math.prod(shape) for name, shape in shapes.items() if held(name)) * dtype.itemsize
 
 
+def largest_matrix(config: PreTrainedConfig, start: int, stop: int) -> int:
+    """Numbers of the largest matrix in blocks `start` to `stop - 1`; 0 without blocks."""
+    return max(map(math.prod, _matrices(config, start, stop)), default=0)
+
+
+def _matrices(config: PreTrainedConfig, start: int, stop: int) -> list[torch.Size]:
+    layout, shapes = layout_of(config), _weight_shapes(*_key(config))
+    inside = {name: shape for name, shape in shapes.items() if name.startswith(f"{layout.base}.{layout.blocks}.")}
+    return [shape for name, shape in inside.items() if len(shape) > 1 and start <= block_of(config, name) < stop]
+
+
 def adapter_bytes(
     config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str], start: int, stop: int, dtype: torch.dtype
 ) -> int:

@@ -192,6 +192,18 @@ class TenantRecipe(QuotaRecipe):
     weight: Positive = 1.0
 
 
+class ZeroRecipe(Section):
+    """How servers hold the frozen matrices of their blocks (by DeepSpeed; arXiv 1910.02054, 2104.07857).
+
+    With stage 3 each is spread over the processes of a server and whole only while it computes (null: always whole).
+    The parts lie on the device, in host memory (`cpu`), or in files below `nvme_path`.
+    """
+
+    stage: Literal[3] | None = None
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: Text | None = None
+
+
 class ServerRecipe(Section):
     """How servers compute what their clients send. `tokens` are positions of a batch, padding included.
 
@@ -211,6 +223,8 @@ class ServerRecipe(Section):
     memory_mib: Count | None = None
     quota: QuotaRecipe = Field(default_factory=QuotaRecipe)
     tenants: dict[str, TenantRecipe] = Field(default_factory=dict)
+    zero: ZeroRecipe = Field(default_factory=ZeroRecipe)
+    fsdp: Switch = False
 
 
 class OuterRecipe(Section):
