@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from splitllm.metrics import read_records
 from splitllm.recipe import load_recipe
 from splitllm.train import train
 from tests.faults.deployment import deployed
@@ -39,6 +40,13 @@ MODES = {
     "dropout": ("server.batching=synchronous", "lora.dropout=0.2"),
 }
 CLOSE = 1e-9
+ENGINES = {  # overrides of the edge, and how far sums in fp32 may be off
+    "fsdp2": ("server.fsdp=true",),
+    "zero-3": ("server.zero={stage: 3}",),
+    "zero-3 in host memory": ("server.zero={stage: 3, offload_param: cpu}",),
+    "zero-3 in files": ("server.zero={{stage: 3, offload_param: nvme, nvme_path: {folder}}}",),
+}
+ENGINES_CLOSE = 1e-3
 
 
 def off(found: Path, expected: Path) -> float:
@@ -62,6 +70,26 @@ def test_two_ranks_learn_what_one_process_learns(mode: str, tmp_path: Path) -> N
         assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
         deployment.until(lambda: edge.statuses() == [0, 0], "rank 1 to end")
         assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("labels", ["client", "cloud"])
+def test_two_ranks_hold_one_base_between_them(engine: str, labels: str, tmp_path: Path) -> None:
+    cuts = "split.client_cuts={client-1: 2}"
+    words = (*WORDS, "model.dtype=float32", "server.batching=synchronous", "lora.adapters=per_client", cuts)
+    words, recipe = (*words, f"split.labels={labels}"), write_recipe(tmp_path)
+    train(load_recipe(recipe, words), tmp_path / "one")
+    own = [word.format(folder=tmp_path) if "{{" in word else word for word in ENGINES[engine]]
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+        edge = Ranked(deployment, "edge", *own)
+        edge.start(2)
+        deployment.start(*(name for name in deployment.names if name != "edge"))
+        assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
+        deployment.until(lambda: edge.statuses() == [0, 0], "rank 1 to end")
+        assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < ENGINES_CLOSE
+        losses = [record["loss"] for record in read_records(tmp_path / "one" / "metrics.jsonl") if "loss" in record]
+        found = [r["loss"] for r in read_records(deployment.folder / "cloud" / "metrics.jsonl") if "loss" in r]
+        assert found == pytest.approx(losses, abs=1e-5)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.soak)])
