@@ -21,7 +21,13 @@ LOCAL_KEYS = frozenset(
         *("train.threads", "train.checkpoint_every", "train.keep", "train.log_every", "train.trackers"),
         *("train.verify_adapter", "wire.addresses", "wire.certificates", "wire.memory_mib", "wire.keepalive"),
         *("server.quota.tokens_per_second", "server.quota.bytes_per_second", "server.tenants"),
-        *("server.zero.stage", "server.zero.offload_param", "server.zero.nvme_path", "server.fsdp"),
+        *(
+            "server.zero.stage",
+            "server.zero.offload_optimizer",
+            "server.zero.offload_param",
+            "server.zero.nvme_path",
+            "server.fsdp",
+        ),
         "rounds.exchange",
     }
 )
