@@ -14,7 +14,7 @@ from splitllm.recipe.cuts import (
     tier_bounds,
 )
 from splitllm.recipe.digest import fingerprint, start_digest
-from splitllm.recipe.engines import spreads
+from splitllm.recipe.engines import spreads_weights
 from splitllm.recipe.loading import (
     changed_keys,
     dump_recipe,
@@ -102,7 +102,7 @@ __all__ = [
     "rounds_line",
     "sharing",
     "side_that_trains",
-    "spreads",
+    "spreads_weights",
     "start_digest",
     "tenant_blocks",
     "tier_bounds",

@@ -193,13 +193,15 @@ class TenantRecipe(QuotaRecipe):
 
 
 class ZeroRecipe(Section):
-    """How servers hold the frozen matrices of their blocks (by DeepSpeed; arXiv 1910.02054, 2104.07857).
+    """What servers spread over their processes (by DeepSpeed; arXiv 1910.02054, 2104.07857); null: nothing.
 
-    With stage 3 each is spread over the processes of a server and whole only while it computes (null: always whole).
-    The parts lie on the device, in host memory (`cpu`), or in files below `nvme_path`.
+    Stages 1 and 2 spread AdamW's state of what they train, and 2 its gradients. Stage 3 spreads the frozen matrices of
+    their blocks, each of which is whole only while it computes; parts lie on the device, in host memory (`cpu`), or in
+    files below `nvme_path`.
     """
 
-    stage: Literal[3] | None = None
+    stage: Literal[1, 2, 3] | None = None
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_param: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: Text | None = None
 

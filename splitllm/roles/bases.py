@@ -60,7 +60,7 @@ class Bases:
         """The frozen part of one tier's shard; the head sits where the loss is computed."""
         recipe, (start, stop), zero = self.recipe, bounds, self.recipe.server.zero
         partitioned = None
-        if tier > 0 and zero.stage is not None and start < stop:
+        if tier > 0 and zero.stage == 3 and start < stop:
             partitioned = Partitioned(zero, largest_matrix(self.checkpoint.config, start, stop), self.device)
             self._partitioned[tier, bounds] = partitioned
         return Shard.cut(

@@ -230,7 +230,7 @@ class Worker:
     def peak(self) -> dict[str, int]:
         """Bytes of tensors this role held at most: weights, adapters with optimisers, activations for the backward."""
         weights = places_of(p for p in self.shard.parameters() if not p.requires_grad)
-        state = sum(t.nbytes for each in (self.trainable, *self.own.values()) for t in each.state().values())
+        state = sum(each.nbytes() for each in (self.trainable, *self.own.values()))
         return {
             "weights": weights.device + weights.host,
             **({"weights in files": weights.files} if weights.files else {}),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.runs import ENGINES, MODES, differences, run, with_engine
+from tests.engines.runs import ENGINES, MODES, SPREADING, differences, run, with_engine
 from tests.grids import cases
 from tests.processes import ROOT
 
@@ -21,6 +21,13 @@ GRID = list(product(ENGINES, ("gpt2", "gemma", "llama"), MODES))
 @pytest.mark.parametrize(("engine", "family", "mode"), cases(GRID, lambda *case: case in FAST))
 def test_losses_and_adapters_are_those_of_the_plain_run(engine: str, family: str, mode: str) -> None:
     plain, other = run(with_engine(family, None, mode)), run(with_engine(family, engine, mode))
+    assert differences(plain, other) == []
+
+
+@pytest.mark.parametrize("mode", ["shared", pytest.param("tenants", marks=pytest.mark.system)])
+@pytest.mark.parametrize("engine", SPREADING)
+def test_losses_and_adapters_are_those_of_an_optimiser_that_is_not_spread(engine: str, mode: str) -> None:
+    plain, other = run(with_engine("gpt2", None, mode)), run(with_engine("gpt2", engine, mode))
     assert differences(plain, other) == []
 
 
@@ -42,6 +49,7 @@ def test_activations_are_counted_as_without_an_engine(engine: str) -> None:
 @pytest.mark.system
 def test_two_ranks_hold_half_each_and_compute_the_same(tmp_path: Path) -> None:
     named = [f"{engine}/{family}/{mode}" for engine, family, mode in GRID if family != "llama"]
+    named += [f"{engine}/gpt2/{mode}" for engine in SPREADING for mode in ("shared", "tenants")]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.engines.runs"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, *command, str(tmp_path), *named]

@@ -1,0 +1,168 @@
+"""AdamW with its state spread over ranks: ZeRO stages 1 and 2, by DeepSpeed, for what a server trains.
+
+DeepSpeed steps copies of the adapter, as it hooks itself into the backward of whatever it steps: it gets the step's
+gradients, which are summed and clipped already, through a loss of which they are the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from splitllm.engines.groups import join_group
+from splitllm.engines.zero import library
+from splitllm.errors import CheckpointError
+from splitllm.recipe import OptimizerRecipe, ZeroRecipe
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "step"
+Slots = dict[str, torch.Tensor]
+
+
+class SpreadAdamW:
+    """What `Trainable` needs of an optimiser. Reading `state` and stepping are collective: all ranks have to do them.
+
+    Args:
+        parameters: fp32, all of which step together, on every rank with the same gradients.
+        recipe: the optimiser's.
+        zero: stage, and where the state lies.
+
+    Attributes:
+        state: parameter -> `step`, `exp_avg` and `exp_avg_sq`, whole, as torch's AdamW has them.
+
+    Raises:
+        RecipeError: DeepSpeed is not installed.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], recipe: OptimizerRecipe, zero: ZeroRecipe) -> None:
+        self._parameters = list(parameters)
+        self._copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+        self._client = torch.optim.AdamW(
+            self._copies,
+            lr=recipe.lr,
+            betas=(recipe.betas[0], recipe.betas[1]),
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+        )
+        self._library, ranks = library(zero), join_group(self._parameters[0].device)
+        self._engine, *_ = self._library.initialize(
+            model=nn.ParameterList(self._copies), optimizer=self._client, config=_configuration(zero, ranks)
+        )
+        self._set_rates(0.0)
+        self._step([torch.zeros_like(copy) for copy in self._copies])  # from the first step on there is a state
+        self._set_rates(recipe.lr)
+        self._set_steps(0)
+        self._waiting: dict[nn.Parameter, Slots] = {}
+        self.state = _State(self)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One, whose `lr` may be set."""
+        return self._client.param_groups
+
+    def step(self) -> None:
+        """Step by the gradients of all parameters; without any nothing happens."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        if all(gradient is None for gradient in gradients):
+            return
+        self.settle()
+        for parameter, copy in zip(self._parameters, self._copies, strict=True):
+            self._library.utils.safe_set_full_fp32_param(copy, parameter.detach())
+        self._step([gradient for gradient in gradients if gradient is not None])
+        self._steps += 1
+        for parameter, copy in zip(self._parameters, self._copies, strict=True):
+            parameter.data.copy_(copy.data)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def slots(self, parameter: nn.Parameter) -> Slots:
+        """The state of one parameter; nothing before the first step."""
+        self.settle()
+        if not self._steps:
+            return {}
+        copy = self._copies[self._place(parameter)]
+        moments = {key: self._library.utils.safe_get_full_optimizer_state(copy, key) for key in MOMENTS}
+        return {STEP: torch.tensor(float(self._steps)), **moments}
+
+    def set_slots(self, parameter: nn.Parameter, slots: Mapping[str, torch.Tensor]) -> None:
+        """Set the state of one parameter, before the next step or reading that of all of them; nothing: a new one."""
+        self._waiting[parameter] = dict(slots)
+
+    def nbytes(self) -> int:
+        """What this process holds: its part of the state and of the adapter, and copies of the whole adapter."""
+        parts = [part for group in self._client.param_groups for part in group["params"]]
+        moments = [self._client.state[part][key] for part in parts for key in MOMENTS]
+        return sum(tensor.nbytes for tensor in (*self._copies, *parts, *moments))
+
+    def settle(self) -> None:
+        """Take over what was set.
+
+        Raises:
+            CheckpointError: it was set for some parameters alone, or not all have taken as many steps.
+        """
+        if not self._waiting:
+            return
+        steps = {int(slots[STEP]) if slots else 0 for slots in self._waiting.values()}
+        if len(steps) > 1 or len(self._waiting) != len(self._parameters):
+            raise CheckpointError("server.zero.stage: 1 and 2 need adapters of which all tensors took as many steps")
+        for parameter, slots in self._waiting.items():
+            copy = self._copies[self._place(parameter)]
+            for key in MOMENTS:
+                moment = slots[key].to(copy.device) if slots else torch.zeros_like(copy)
+                self._library.utils.safe_set_full_optimizer_state(copy, moment, key)
+        self._set_steps(*steps)
+        self._waiting = {}
+
+    def _step(self, gradients: Sequence[torch.Tensor]) -> None:
+        assert len(gradients) == len(self._copies), "all parameters step together"
+        products = [(copy * gradient).sum() for copy, gradient in zip(self._copies, gradients, strict=True)]
+        self._engine.backward(torch.stack(products).sum())
+        self._engine.step()
+
+    def _set_rates(self, rate: float) -> None:
+        for group in self._client.param_groups:
+            group["lr"] = rate
+
+    def _set_steps(self, steps: int) -> None:
+        self._steps = steps
+        for state in self._client.state.values():
+            state[STEP].fill_(steps)
+
+    def _place(self, parameter: nn.Parameter) -> int:
+        return next(place for place, each in enumerate(self._parameters) if each is parameter)
+
+
+class _State:
+    """The state of all parameters, read and set by parameter."""
+
+    def __init__(self, optimizer: SpreadAdamW) -> None:
+        self._optimizer = optimizer
+
+    def get(self, parameter: nn.Parameter, _otherwise: object = None) -> Slots:
+        return self._optimizer.slots(parameter)
+
+    def pop(self, parameter: nn.Parameter, _otherwise: object = None) -> None:
+        self._optimizer.set_slots(parameter, {})
+
+    def __setitem__(self, parameter: nn.Parameter, slots: Mapping[str, torch.Tensor]) -> None:
+        self._optimizer.set_slots(parameter, slots)
+
+
+def _configuration(zero: ZeroRecipe, ranks: int) -> dict[str, Any]:
+    stage: dict[str, Any] = {"stage": zero.stage}
+    if zero.offload_optimizer != "none":
+        stage["offload_optimizer"] = {"device": zero.offload_optimizer}
+    return {
+        "train_batch_size": ranks,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's own steps on the host as well, and needs no compiler
+        "zero_optimization": stage,
+    }
