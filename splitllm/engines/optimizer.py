@@ -6,7 +6,8 @@ gradients, which are summed and clipped already, through a loss of which they ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from splitllm.recipe import OptimizerRecipe, ZeroRecipe
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 Slots = dict[str, torch.Tensor]
+Tell = Callable[[str, float, Sequence[torch.Tensor]], None]
+IN_STEP = threading.RLock()
+"""Held from what is told until it is done, so that all ranks do it in one order."""
 
 
 class SpreadAdamW:
-    """What `Trainable` needs of an optimiser. Reading `state` and stepping are collective: all ranks have to do them.
+    """What `Trainable` needs of an optimiser. What is collective rank 0 tells the others, by `tell`, and they `follow`.
 
     Args:
         parameters: fp32, all of which step together, on every rank with the same gradients.
@@ -32,6 +36,7 @@ class SpreadAdamW:
 
     Attributes:
         state: parameter -> `step`, `exp_avg` and `exp_avg_sq`, whole, as torch's AdamW has them.
+        tell: called on rank 0 with what the other ranks have to do at the same time.
 
     Raises:
         RecipeError: DeepSpeed is not installed.
@@ -40,6 +45,7 @@ class SpreadAdamW:
     def __init__(self, parameters: Sequence[nn.Parameter], recipe: OptimizerRecipe, zero: ZeroRecipe) -> None:
         self._parameters = list(parameters)
         self._copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+        self._steps = 0
         self._client = torch.optim.AdamW(
             self._copies,
             lr=recipe.lr,
@@ -56,7 +62,9 @@ class SpreadAdamW:
         self._set_rates(recipe.lr)
         self._set_steps(0)
         self._waiting: dict[nn.Parameter, Slots] = {}
+        self._known: list[Slots] | None = None
         self.state = _State(self)
+        self.tell: Tell = _alone
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -68,13 +76,15 @@ class SpreadAdamW:
         gradients = [parameter.grad for parameter in self._parameters]
         if all(gradient is None for gradient in gradients):
             return
-        self.settle()
-        for parameter, copy in zip(self._parameters, self._copies, strict=True):
-            self._library.utils.safe_set_full_fp32_param(copy, parameter.detach())
-        self._step([gradient for gradient in gradients if gradient is not None])
-        self._steps += 1
-        for parameter, copy in zip(self._parameters, self._copies, strict=True):
-            parameter.data.copy_(copy.data)
+        with IN_STEP:
+            self.settle()
+            values = [parameter.detach() for parameter in self._parameters]
+            found = [gradient for gradient in gradients if gradient is not None]
+            rate = self.param_groups[0]["lr"]
+            self.tell("step", rate, [*values, *found])
+            self._step_from(rate, [*values, *found])
+            for parameter, copy in zip(self._parameters, self._copies, strict=True):
+                parameter.data.copy_(copy.data)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
@@ -83,12 +93,14 @@ class SpreadAdamW:
 
     def slots(self, parameter: nn.Parameter) -> Slots:
         """The state of one parameter; nothing before the first step."""
-        self.settle()
-        if not self._steps:
-            return {}
-        copy = self._copies[self._place(parameter)]
-        moments = {key: self._library.utils.safe_get_full_optimizer_state(copy, key) for key in MOMENTS}
-        return {STEP: torch.tensor(float(self._steps)), **moments}
+        with IN_STEP:
+            self.settle()
+            if not self._steps:
+                return {}
+            if self._known is None:
+                self.tell("gather", 0.0, [])
+                self._known = self._gather(0.0, [])
+            return {STEP: torch.tensor(float(self._steps)), **self._known[self._place(parameter)]}
 
     def set_slots(self, parameter: nn.Parameter, slots: Mapping[str, torch.Tensor]) -> None:
         """Set the state of one parameter, before the next step or reading that of all of them; nothing: a new one."""
@@ -111,13 +123,46 @@ class SpreadAdamW:
         steps = {int(slots[STEP]) if slots else 0 for slots in self._waiting.values()}
         if len(steps) > 1 or len(self._waiting) != len(self._parameters):
             raise CheckpointError("server.zero.stage: 1 and 2 need adapters of which all tensors took as many steps")
-        for parameter, slots in self._waiting.items():
-            copy = self._copies[self._place(parameter)]
+        moments = []
+        for parameter in self._parameters:
+            slots = self._waiting[parameter]
+            moments += [slots[key] if slots else torch.zeros_like(parameter) for key in MOMENTS]
+        self._waiting, (taken,) = {}, steps
+        self.tell("settle", taken, moments)
+        self._settle(taken, moments)
+
+    def follow(self, action: str, number: float, tensors: Sequence[torch.Tensor]) -> None:
+        """Do what rank 0 does.
+
+        Args:
+            action: what it told.
+            number: that goes with it.
+            tensors: that go with it.
+        """
+        {"step": self._step_from, "settle": self._settle, "gather": self._gather}[action](number, tensors)
+
+    def _step_from(self, rate: float, tensors: Sequence[torch.Tensor]) -> None:
+        """A step at this rate: the values of all parameters, and their gradients."""
+        values, gradients = tensors[: len(self._copies)], tensors[len(self._copies) :]
+        for copy, value in zip(self._copies, values, strict=True):
+            self._library.utils.safe_set_full_fp32_param(copy, value.to(copy.device))
+        self._set_rates(rate)
+        self._step([gradient.to(copy.device) for copy, gradient in zip(self._copies, gradients, strict=True)])
+        self._steps, self._known = self._steps + 1, None
+
+    def _settle(self, steps: float, moments: Sequence[torch.Tensor]) -> None:
+        """So many steps were taken, which have left these moments, parameter by parameter."""
+        coming = iter(moments)
+        for copy in self._copies:
             for key in MOMENTS:
-                moment = slots[key].to(copy.device) if slots else torch.zeros_like(copy)
-                self._library.utils.safe_set_full_optimizer_state(copy, moment, key)
-        self._set_steps(*steps)
-        self._waiting = {}
+                self._library.utils.safe_set_full_optimizer_state(copy, next(coming).to(copy.device), key)
+        self._set_steps(int(steps))
+        self._known = None
+
+    def _gather(self, _number: float, _tensors: Sequence[torch.Tensor]) -> list[Slots]:
+        """The moments of all parameters, whole."""
+        whole = self._library.utils.safe_get_full_optimizer_state
+        return [{key: whole(copy, key) for key in MOMENTS} for copy in self._copies]
 
     def _step(self, gradients: Sequence[torch.Tensor]) -> None:
         assert len(gradients) == len(self._copies), "all parameters step together"
@@ -136,6 +181,10 @@ class SpreadAdamW:
 
     def _place(self, parameter: nn.Parameter) -> int:
         return next(place for place, each in enumerate(self._parameters) if each is parameter)
+
+
+def _alone(_action: str, _number: float, _tensors: Sequence[torch.Tensor]) -> None:
+    """There is no other rank."""
 
 
 class _State:

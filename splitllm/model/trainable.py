@@ -81,6 +81,11 @@ class Trainable:
         build = _OPTIMIZERS[optimizer.name] if build is None else build
         self._optimizer = build(list(self.parameters.values()), optimizer) if parameters else None
 
+    @property
+    def optimizer(self) -> object:
+        """What steps it; None: nothing trains."""
+        return self._optimizer
+
     def expect(self, ids: Sequence[MicroBatchId]) -> None:
         """Open a step: these micro-batches will come."""
         self._sum = OrderedSum(ids)

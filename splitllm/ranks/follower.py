@@ -46,6 +46,7 @@ class Follower:
             for parameter in trainable.parameters.values():
                 parameter.data = parameter.data.clone()
         self._adapters = adapters.by_key(worker)
+        self._optimizers = adapters.spread(worker)
         self._held: dict[int, Held] = {}
         self._orders = {"forward": self._forward, "backward": self._backward}
 
@@ -59,6 +60,9 @@ class Follower:
             values, tensors = self._peers.receive(LEADER)
             if values["order"] == "end":
                 return
+            if values["order"] == "optimize":
+                self._optimizers[values["key"]].follow(values["action"], values["number"], tensors)
+                continue
             try:
                 answer = self._orders[values["order"]](values, tensors)
             except (RuntimeError, ValueError) as error:

@@ -13,6 +13,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ class Leader:
         self._sent: dict[str, torch.Tensor] = {}
         self._numbers, self._forgotten = itertools.count(), list[int]()
         self._anchor = torch.zeros((), requires_grad=True)
+        for key, optimizer in adapters.spread(worker).items():
+            optimizer.tell = partial(self._tell, key)
 
     def forward(self, asks: Sequence[Ask], leaves: Sequence[torch.Tensor], *, graph: bool) -> list[torch.Tensor]:
         """Run a batch on all ranks.
@@ -133,6 +136,11 @@ class Leader:
         for told, share in zip(heard, run.shares[1:], strict=True):
             self._add_gradients(told, {run.asks[part.ask].rows.micro_batch.client for part in share})
         return self._inputs(run, wanted, found)
+
+    def _tell(self, key: str, action: str, number: float, tensors: Sequence[torch.Tensor]) -> None:
+        """What the other ranks do with their part of an optimiser's state; they do not answer."""
+        for rank in self._others:
+            self._peers.send(rank, {"order": "optimize", "key": key, "action": action, "number": number}, tensors)
 
     def _order_forward(self, number: int, asks: Sequence[Ask], shares: list[list[Part]], *, graph: bool) -> None:
         changed = self._changed({ask.rows.micro_batch.client for ask in asks})

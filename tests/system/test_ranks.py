@@ -42,6 +42,8 @@ MODES = {
 CLOSE = 1e-9
 ENGINES = {  # overrides of the edge, and how far sums in fp32 may be off
     "fsdp2": ("server.fsdp=true",),
+    "zero-1": ("server.zero={stage: 1}",),
+    "zero-2, state in host memory": ("server.zero={stage: 2, offload_optimizer: cpu}",),
     "zero-3": ("server.zero={stage: 3}",),
     "zero-3 in host memory": ("server.zero={stage: 3, offload_param: cpu}",),
     "zero-3 in files": ("server.zero={{stage: 3, offload_param: nvme, nvme_path: {folder}}}",),
@@ -113,11 +115,13 @@ def test_a_rank_that_is_killed_stops_all_and_they_go_on(kills: int, tmp_path: Pa
         assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
 
 
-def test_a_server_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
-    recipe, words = write_recipe(tmp_path), (*WORDS, "server.batching=synchronous", "train.steps=30")
+@pytest.mark.parametrize("engine", ["zero-2, state in host memory", "zero-3 in host memory"])
+def test_a_server_goes_on_with_another_number_of_ranks(engine: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    words = (*WORDS, "model.dtype=float32", "server.batching=synchronous", "train.steps=30")
     train(load_recipe(recipe, words), tmp_path / "one")
     with deployed(recipe, tmp_path / "run", *words) as deployment:
-        edge = Ranked(deployment, "edge")
+        edge = Ranked(deployment, "edge", *ENGINES[engine])
         edge.start(2)
         deployment.start(*(name for name in deployment.names if name != "edge"))
         for step, count in ((8, 1), (16, 3)):
@@ -125,7 +129,7 @@ def test_a_server_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
             edge.kill(0)
             edge.start(count)
         assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
-        assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
+        assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < ENGINES_CLOSE
 
 
 def test_accelerate_launches_a_server_and_who_waits_does_not_spin(tmp_path: Path) -> None:
