@@ -94,6 +94,19 @@ def test_two_ranks_hold_one_base_between_them(engine: str, labels: str, tmp_path
         assert found == pytest.approx(losses, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_two_ranks_have_a_quantised_base_each(method: str, tmp_path: Path) -> None:
+    recipe, quantised = write_recipe(tmp_path), f"quantization={{edge: {method}}}"
+    words = (*WORDS, "model.dtype=float32", "server.batching=synchronous", quantised)
+    train(load_recipe(recipe, words), tmp_path / "one")
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+        edge = Ranked(deployment, "edge")
+        edge.start(2)
+        deployment.start(*(name for name in deployment.names if name != "edge"))
+        assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
+        assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < ENGINES_CLOSE
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.soak)])
 def test_a_rank_that_is_killed_stops_all_and_they_go_on(kills: int, tmp_path: Path) -> None:
     recipe, drawn = write_recipe(tmp_path), random.Random(time.time_ns())
