@@ -15,6 +15,9 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(WORKS)' >/dev/null 2>&1 &
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 ARGS ?=
+# Tests of processes have both cores to themselves.
+PROCESSES := tests/system tests/faults
+GRIDS := $(PROCESSES:%=--ignore=%)
 comma := ,
 
 .DEFAULT_GOAL := help
@@ -49,8 +52,9 @@ quickstart: setup  ## the main job, offline: a split fine-tune, an adapter at th
 test: setup  ## the fast tests
 	$(OFFLINE) $(BIN)/pytest -q -m "not system and not soak" -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-system: setup  ## real processes and engines, and the rest of the large grids
-	$(OFFLINE) $(BIN)/pytest -q -m system $(ARGS)
+test-system: setup  ## the rest of the large grids; real processes and engines, one test after another
+	$(OFFLINE) $(BIN)/pytest -q -m "system and not soak" -n $(WORKERS) --dist worksteal $(GRIDS) $(ARGS)
+	$(OFFLINE) $(BIN)/pytest -q -m "system and not soak" --durations=20 $(PROCESSES) $(ARGS)
 
 test-flower: setup-flower  ## real Flower processes between edges, and the wire beside Flower's versions
 	$(OFFLINE) $(FLOWER_BIN)/pytest -q tests/federated/test_flower.py tests/wire/test_remote.py tests/test_cli.py $(ARGS)
