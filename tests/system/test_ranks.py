@@ -63,16 +63,22 @@ def off(found: Path, expected: Path) -> float:
     return worst
 
 
-@pytest.mark.parametrize("mode", ["together", "dropout", "at their own pace", *map(soaked, sorted(MODES))])
-def test_two_ranks_learn_what_one_process_learns(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("server", "mode"),
+    [
+        *(("edge", mode) for mode in ("together", "dropout", "at their own pace")),
+        *(soaked(server, mode) for server in ("edge", "cloud") for mode in sorted(MODES)),
+    ],
+)
+def test_two_ranks_learn_what_one_process_learns(server: str, mode: str, tmp_path: Path) -> None:
     recipe, words = write_recipe(tmp_path), (*WORDS, *MODES[mode])
     train(load_recipe(recipe, words), tmp_path / "one")
     with deployed(recipe, tmp_path / "run", *words) as deployment:
-        edge = Ranked(deployment, "edge")
-        edge.start(2)
-        deployment.start(*(name for name in deployment.names if name != "edge"))
+        ranked = Ranked(deployment, server)
+        ranked.start(2)
+        deployment.start(*(name for name in deployment.names if name != server))
         assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
-        deployment.until(lambda: edge.statuses() == [0, 0], "rank 1 to end")
+        deployment.until(lambda: ranked.statuses() == [0, 0], "rank 1 to end")
         assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
 
 
