@@ -70,7 +70,8 @@ def differences(plain: tuple[Any, ...], other: tuple[Any, ...]) -> list[str]:
 def servers_places(roles: Roles) -> Places:
     """Where the weights of both server tiers lie."""
     shards = [worker.shard for tier in ("edge", "cloud") for worker in roles.workers[tier].values()]
-    return places_of(p for shard in shards for block in shard.own_blocks() for p in block.parameters() if p.dim() > 1)
+    held = [p for shard in shards for block in shard.own_blocks() for p in block.parameters() if p.dim() > 1]
+    return places_of(p for p in held if not p.requires_grad)
 
 
 def main(folder: str, *cases: str) -> None:
