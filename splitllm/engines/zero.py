@@ -15,12 +15,10 @@ from torch import nn
 from splitllm.engines.folders import Folder
 from splitllm.engines.groups import join_group
 from splitllm.errors import RecipeError
+from splitllm.model.machine import return_at_once
 from splitllm.model.shard import Shard
+from splitllm.model.spread_bytes import BUFFERS
 from splitllm.recipe import ZeroRecipe
-
-FILE_BYTES = 2**20
-"""Parts that are smaller stay in memory: DeepSpeed writes none of them to files."""
-BUFFERS = 2  # of the largest part: one is read into, and one is spare
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Partitioned:
     """The frozen matrices of one base, in parts.
 
     No more than one module's are whole at a time, in forwards and in backwards. Ranks have to compute the same
-    modules in the same order.
+    modules in the same order. Files are removed at the end of the process, or by `close`.
 
     Args:
         zero: where parts are kept.
@@ -53,6 +51,8 @@ class Partitioned:
         self._deepspeed = library(zero)
         self._size = join_group(device)
         self._folder = Folder(zero.nvme_path) if zero.offload_param == "nvme" else None
+        if self._folder is not None:
+            return_at_once()  # matrices come and go: an allocator that kept their memory would soon have all of it
         self._config = self._configuration(zero, largest, device)
         self._first: Any = None
         self._whole: nn.Module | None = None

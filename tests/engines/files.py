@@ -10,7 +10,7 @@ import torch
 from splitllm.engines.places import places_of
 from splitllm.engines.zero import BUFFERS, Partitioned, library
 from splitllm.model.loading import Checkpoint
-from splitllm.model.machine import one_arena, peak_bytes, resident_bytes, return_at_once
+from splitllm.model.machine import one_arena, resident_bytes, return_at_once
 from splitllm.model.memory import largest_matrix, shard_bytes
 from splitllm.model.shard import Shard
 from splitllm.recipe import ZeroRecipe
@@ -34,19 +34,25 @@ def main(folder: Path) -> None:
     partitioned = Partitioned(zero, largest, torch.device("cpu"))
     shard = Shard.cut(base, 1, 6, dtype=torch.float32, take=partitioned.take)
     partitioned.attach(shard)
-    grown, peak, held = resident_bytes() - before, peak_bytes() - before, places_of(shard.parameters())
+    grown, highest, held = resident_bytes() - before, peak() - before, places_of(shard.parameters())
     on_disk = sum(file.stat().st_size for file in files.rglob("*") if file.is_file())
     assert held.files > 200 * MIB and held.host == 0 and held.device < MIB, held
     assert held.files <= on_disk < held.files + MIB, (held, on_disk)
     assert grown < held.device + BUFFERS * 4 * largest + BESIDE, grown / MIB
-    assert peak < held.device + block + BUFFERS * 4 * largest + BESIDE, peak / MIB
+    assert highest < held.device + block + BUFFERS * 4 * largest + BESIDE, highest / MIB
     gradients = [_gradient(shard)]
-    stepped = peak_bytes() - before
+    stepped = peak() - before
     assert stepped < held.device + block + BUFFERS * 4 * largest + BESIDE, stepped / MIB
     gradients.append(_gradient(Shard.cut(base, 1, 6, dtype=torch.float32)))
     assert torch.equal(*gradients)
-    sizes = {"in files": held.files, "growth": grown, "peak of loading": peak, "peak": stepped}
+    sizes = {"in files": held.files, "growth": grown, "peak of loading": highest, "peak": stepped}
     sys.stdout.write(f"MiB: { ({name: size // MIB for name, size in sizes.items()}) }\n")
+
+
+def peak() -> int:
+    """What this program had resident at most; unlike `ru_maxrss` it does not begin with what its parent had."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def _gradient(shard: Shard) -> torch.Tensor:

@@ -162,7 +162,7 @@ def test_a_limit_of_the_tier_leaves_the_allocator_no_holes() -> None:
 def test_parts_make_the_total_on_the_device_and_beside_it() -> None:
     parts = Parts(**{part: 2**number for number, part in enumerate(PARTS)})
     assert parts.total == 2 ** len(PARTS) - 1
-    beside = parts.process + parts.messages + parts.journal + parts.allocator
+    beside = parts.process + parts.offloaded + parts.messages + parts.journal + parts.allocator
     assert parts.on_device == parts.total - beside
 
 
