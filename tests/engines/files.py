@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     return_at_once()
     base, files = Checkpoint(folder / "base"), folder / "files"
     zero = ZeroRecipe(stage=3, offload_param="nvme", nvme_path=str(files))
-    library(zero)
+    library(zero, torch.device("cpu"))
     largest = largest_matrix(base.config, 1, 6)
     block = shard_bytes(base.config, 1, 2, False, torch.float32)
     before = resident_bytes()

@@ -121,12 +121,12 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(RecipeError, match=r"server\.zero: .*pip install 'splitllm\[deepspeed\]'"):
-        library(ON_HOST)
+        library(ON_HOST, CPU)
 
 
 def files_work() -> bool:
     try:
-        library(ZeroRecipe(stage=3, offload_param="nvme", nvme_path="unused"))
+        library(ZeroRecipe(stage=3, offload_param="nvme", nvme_path="unused"), CPU)
     except SplitLLMError:
         return False
     return True
