@@ -13,6 +13,8 @@ WORKS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(WORKS)' >/dev/null 2>&1 && echo $$p && break; done)
 # Tests and the quickstart never ask a hub for anything.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# What DeepSpeed compiles, once for all tests; without libaio there is nothing to compile, and what needs it is skipped.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/build/extensions
 WORKERS ?= 2
 ARGS ?=
 # Tests of processes have both cores to themselves.
@@ -21,7 +23,7 @@ GRIDS := $(PROCESSES:%=--ignore=%)
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-flower quickstart test test-system test-flower soak check bench bench-wire bench-tenants compare clean
+.PHONY: help setup setup-flower operators quickstart test test-system test-flower soak check bench bench-wire bench-tenants compare clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1 :/p' Makefile | awk -F ' : ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -52,7 +54,10 @@ quickstart: setup  ## the main job, offline: a split fine-tune, an adapter at th
 test: setup  ## the fast tests
 	$(OFFLINE) $(BIN)/pytest -q -m "not system and not soak" -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-system: setup  ## the rest of the large grids; real processes and engines, one test after another
+operators: setup  ## compile what DeepSpeed needs for files, once
+	$(BIN)/python scripts/compile_operators.py
+
+test-system: setup operators  ## the rest of the large grids; real processes and engines, one test after another
 	$(OFFLINE) $(BIN)/pytest -q -m "system and not soak" -n $(WORKERS) --dist worksteal $(GRIDS) $(ARGS)
 	$(OFFLINE) $(BIN)/pytest -q -m "system and not soak" --durations=20 $(PROCESSES) $(ARGS)
 
