@@ -76,6 +76,19 @@ def test_validate_says_what_will_happen_and_what_leaves_the_device(folder: Path)
     assert lines[-1] == "the recipe is valid"
 
 
+@pytest.mark.parametrize(
+    ("words", "when"),
+    [
+        (["server.batching=continuous"], "as many steps as a server has clients"),
+        (["server.batching=continuous", "server.step_tenants=3"], "3 steps of clients"),
+        (["server.batching=continuous", "server.step_tokens=99"], "99 tokens"),
+    ],
+)
+def test_validate_says_when_steps_what_clients_have_in_common(folder: Path, words: list[str], when: str) -> None:
+    done = CliRunner().invoke(app, ["validate", str(folder / "recipe.yaml"), "lora.adapters=common", *words])
+    assert f"LoRA: rank 4 on 4 modules, adapters: common in blocks 1..3, stepped after {when}" in done.stdout
+
+
 def test_validate_says_what_is_quantised(folder: Path) -> None:
     words = "quantization={edge: {method: nf4, double: true, compute_dtype: bfloat16}, cloud: int8}"
     done = CliRunner().invoke(app, ["validate", str(folder / "recipe.yaml"), words])

@@ -19,7 +19,8 @@ from splitllm.errors import RecipeError
 from splitllm.model.loading import Checkpoint
 from splitllm.model.machine import give_back
 from splitllm.model.shard import BUILDING
-from splitllm.preflight import Plan, prepare, refuse_without_room
+from splitllm.plan import Plan, refuse_without_room
+from splitllm.preflight import prepare
 from splitllm.recipe import Recipe, fingerprint, goes_by_lanes, parent_of, tier_of
 from splitllm.roles.assembly import Assembly, Site, coding_of, schedule_of
 from splitllm.roles.device import DeviceThread

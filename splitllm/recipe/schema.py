@@ -196,7 +196,7 @@ class ServerRecipe(Section):
     """How servers compute what their clients send. `tokens` are positions of a batch, padding included.
 
     With `continuous` what clients have in common steps after the steps of `step_tenants` clients (null: of as many as
-    there are), or after `step_tokens` tokens.
+    the server has), or after `step_tokens` tokens.
     """
 
     batching: Literal["none", "synchronous", "continuous"] = "none"
