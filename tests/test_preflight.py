@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import is_flash_attn_2_available
 from typer.testing import CliRunner
 
-from splitllm import preflight
+from splitllm import plan, preflight
 from splitllm.cli import app
 from splitllm.errors import RecipeError
 from splitllm.preflight import prepare
@@ -412,7 +412,7 @@ def test_a_limit_names_a_tier(folder: Path, tmp_path: Path) -> None:
 def test_a_run_without_room_is_refused_before_anything_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "available_bytes", lambda: 0)
+    monkeypatch.setattr(plan, "available_bytes", lambda: 0)
     out = tmp_path / "out"
     refused = CliRunner().invoke(app, ["train", str(folder / "recipe.yaml"), "--output-dir", str(out)])
     assert refused.exit_code == 2 and not out.exists()
