@@ -22,6 +22,7 @@ from tests.tiny import write_recipe
 pytestmark = pytest.mark.system
 
 STEPS = 60
+LONG = 120  # a restart takes seconds: clients that are left alone must not be done before it
 CLIENTS = [f"client-{number}" for number in range(4)]
 TRAIN = (
     f"train.steps={STEPS}",
@@ -66,7 +67,7 @@ def until_all_did(deployment: Deployment, step: int) -> None:
 @pytest.mark.parametrize("labels", ["client", "cloud"])
 def test_whoever_is_killed_every_client_learns_what_it_learns_undisturbed(labels: str, tmp_path: Path) -> None:
     recipe, drawn = write_recipe(tmp_path), random.Random(time.time_ns())
-    words = (*TRAIN, *PER_CLIENT, f"split.labels={labels}")
+    words = (*TRAIN, *PER_CLIENT, f"train.steps={LONG}", "train.eval_every=60", f"split.labels={labels}")
     with deployed(recipe, tmp_path / "run", *words, *CONTINUOUS) as deployment:
         deployment.start()
         until_all_did(deployment, drawn.randint(1, 8))
@@ -88,7 +89,7 @@ def test_whoever_is_killed_every_client_learns_what_it_learns_undisturbed(labels
         deployment.kill("edge-0")
         at = last_steps(deployment)
         deployment.until(
-            lambda: all(last_steps(deployment)[name] >= min(STEPS, at[name] + 3) for name in ("client-2", "client-3")),
+            lambda: all(last_steps(deployment)[name] >= min(LONG, at[name] + 3) for name in ("client-2", "client-3")),
             "the other edge's clients go on",
             every=0.02,
         )
@@ -101,7 +102,7 @@ def test_whoever_is_killed_every_client_learns_what_it_learns_undisturbed(labels
         deployment.kill("cloud")
         deployment.start("cloud")
         assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
-        assert steps_of(deployment) == Counter((name, step) for name in CLIENTS for step in range(1, STEPS + 1))
+        assert steps_of(deployment) == Counter((name, step) for name in CLIENTS for step in range(1, LONG + 1))
 
         train(load_recipe(recipe, words), tmp_path / "whole")
         expected, found = adapters(tmp_path / "whole"), adapters(deployment.folder / "cloud")
