@@ -7,8 +7,7 @@ what the second did.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitllm.model.families import layout_of
 from splitllm.model.joined import Joined, Rows
+from splitllm.model.keyed import Key, key_of
 from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, block_of
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.shard import NoPositions, Passthrough, Shard, meta_model
@@ -77,7 +77,7 @@ def bytes_by_block(config: PreTrainedConfig, work: Work) -> tuple[int, ...]:
         config: of the whole text model.
         work: the micro-batch, and where it runs.
     """
-    return _by_block(config.to_json_string(), type(config).from_dict, work) if work.start < work.stop else ()
+    return _by_block(key_of(config), work) if work.start < work.stop else ()
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ def precision(work: Work) -> AbstractContextManager[object]:
 
 
 @lru_cache(maxsize=256)
-def _by_block(config_json: str, from_dict: Callable[..., Any], work: Work) -> tuple[int, ...]:
-    config = from_dict(json.loads(config_json))
+def _by_block(key: Key, work: Work) -> tuple[int, ...]:
+    config = key.config()
     with staged(config, work) as stage:
         kept = _kept(stage, inputs_of(config, work), work)
     return tuple(kept[stand_in] for stand_in in stage.stands_for.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from splitllm.errors import RecipeError
 from splitllm.model.dropout import AdapterDropout
-from splitllm.model.families import layout_of
+from splitllm.model.families import layout_of_family
 from splitllm.model.naming import PREFIX
 from splitllm.model.randomness import seed_of
 from splitllm.model.shard import BUILDING, Shard, meta_model
@@ -49,7 +50,7 @@ def matched_modules(config: PreTrainedConfig, targets: str | Sequence[str] | Non
         RecipeError: nothing matches, or something outside the blocks does.
     """
     wanted = target_modules(config, targets)
-    model, blocks = meta_model(config, torch.float32), _block_pattern(config)
+    model, blocks = meta_model(config, torch.float32), _block_pattern(config.model_type)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     inside = [name for name in linear if blocks.match(name)]
     if wanted == "all-linear":
@@ -69,13 +70,14 @@ def matched_modules(config: PreTrainedConfig, targets: str | Sequence[str] | Non
 
 def block_of(config: PreTrainedConfig, name: str) -> int:
     """The global index of the block that a module or parameter belongs to."""
-    match = _block_pattern(config).match(name)
+    match = _block_pattern(config.model_type).match(name)
     assert match, name
     return int(match.group(1))
 
 
-def _block_pattern(config: PreTrainedConfig) -> re.Pattern[str]:
-    layout = layout_of(config)
+@lru_cache(maxsize=32)
+def _block_pattern(family: str) -> re.Pattern[str]:
+    layout = layout_of_family(family)
     return re.compile(rf"{layout.base}\.{layout.blocks}\.(\d+)\.")
 
 

@@ -6,7 +6,6 @@ inside themselves is not.
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig
 
 from splitllm.model.graphs import Work, bytes_by_block, inputs_of, precision, staged
+from splitllm.model.keyed import Key, key_of
 from splitllm.model.lora import block_of
 
 
@@ -33,7 +33,7 @@ def passing_bytes(config: PreTrainedConfig, work: Work) -> int:
         return 0
     layer = _alike(config, work)
     block = replace(work, start=layer, stop=layer + 1, checkpointing=False)
-    return _passing(config.to_json_string(), type(config).from_dict, block)
+    return _passing(key_of(config), block)
 
 
 def _alike(config: PreTrainedConfig, work: Work) -> int:
@@ -50,8 +50,8 @@ def _alike(config: PreTrainedConfig, work: Work) -> int:
 
 
 @lru_cache(maxsize=256)
-def _passing(config_json: str, from_dict: Callable[..., Any], work: Work) -> int:
-    config = from_dict(json.loads(config_json))
+def _passing(key: Key, work: Work) -> int:
+    config = key.config()
     (kept,) = bytes_by_block(config, work)
     with staged(config, work) as stage:
         return _alive(lambda hidden_BSD: stage.run(work.start, hidden_BSD), config, work) - kept
