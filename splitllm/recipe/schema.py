@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
@@ -40,7 +41,7 @@ from splitllm.recipe.kinds import (
     mapping_of,
 )
 from splitllm.recipe.misfits import covered, misfits
-from splitllm.recipe.quantization import METHODS, SHORT_FORM, for_all_tiers
+from splitllm.recipe.quantization import METHODS, SHORT_FORM, SHORT_FORM_OF_TIER, for_all_tiers
 from splitllm.recipe.roles import find_role
 
 Rule = Literal[
@@ -285,8 +286,8 @@ class QuantizationRecipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _method_alone(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in METHODS:
-            raise PydanticCustomError("allowed", "nf4 or int8, or a mapping such as {method: nf4, double: true}")
+        if not isinstance(value, dict | NoneType | QuantizationRecipe) and value not in METHODS:
+            raise PydanticCustomError("allowed", "{allowed}", {"allowed": SHORT_FORM_OF_TIER})
         return {"method": value} if isinstance(value, str) else value
 
 

@@ -387,8 +387,11 @@ def test_intervals_of_several_tiers_make_rounds_of_several_levels(folder: Path) 
     [
         (["rounds.rule=fedex"], "rounds.rule: needs rounds.replicas: local; use that"),
         ([LOCAL], "rounds.cloud_every: missing"),
-        ([LOCAL, "rounds.cloud_every=3", "rounds.edge_every=2"], "3 steps are no multiple of the 2"),
-        ([LOCAL, "rounds.cloud_every=4", "rounds.edge_every=[2, 2]"], "has 2; 1 tiers lie between"),
+        ([LOCAL, "rounds.cloud_every=3", "rounds.edge_every=2"], "rounds.cloud_every: 3 is no multiple of the 2"),
+        ([LOCAL, "rounds.cloud_every=3", "rounds.edge_every=2"], "takes in; use 2 or 4"),
+        ([LOCAL, "rounds.cloud_every=1", "rounds.edge_every=2"], "takes in; use 2"),
+        ([LOCAL, "rounds.cloud_every=6", "rounds.edge_every=[2, 3]", *TREES["four tiers"]], "edge_every: 3 is no"),
+        ([LOCAL, "rounds.cloud_every=4", "rounds.edge_every=[2, 2]"], "top (edge); give 1, such as [2], or one"),
         ([LOCAL, "rounds.cloud_every=4", "split.tiers={client: 2, cloud: 1}", "split.cuts=[2]", "rounds.edge_every=2"],
          "there is none; leave it out"),
         ([LOCAL, "rounds.cloud_every=4", "lora.clients={client-0: {rank: 2}}"], "use flora, flexlora or hetlora"),
