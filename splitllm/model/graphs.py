@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
 
@@ -22,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitllm.model.families import layout_of
 from splitllm.model.joined import Joined, Rows
-from splitllm.model.keyed import Key, key_of
+from splitllm.model.keyed import remembered
 from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, block_of
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.shard import NoPositions, Passthrough, Shard, meta_model
@@ -77,7 +76,7 @@ def bytes_by_block(config: PreTrainedConfig, work: Work) -> tuple[int, ...]:
         config: of the whole text model.
         work: the micro-batch, and where it runs.
     """
-    return _by_block(key_of(config), work) if work.start < work.stop else ()
+    return _by_block(config, work) if work.start < work.stop else ()
 
 
 @dataclass(frozen=True)
@@ -137,9 +136,8 @@ def precision(work: Work) -> AbstractContextManager[object]:
     return torch.autocast("cpu", torch.bfloat16) if work.mixed else nullcontext()
 
 
-@lru_cache(maxsize=256)
-def _by_block(key: Key, work: Work) -> tuple[int, ...]:
-    config = key.config()
+@remembered(256)
+def _by_block(config: PreTrainedConfig, work: Work) -> tuple[int, ...]:
     with staged(config, work) as stage:
         kept = _kept(stage, inputs_of(config, work), work)
     return tuple(kept[stand_in] for stand_in in stage.stands_for.values())

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from splitllm.errors import RecipeError
 from splitllm.model.dropout import AdapterDropout
 from splitllm.model.families import layout_of_family
+from splitllm.model.keyed import remembered
 from splitllm.model.naming import PREFIX
 from splitllm.model.randomness import seed_of
 from splitllm.model.shard import BUILDING, Shard, meta_model
@@ -49,6 +50,11 @@ def matched_modules(config: PreTrainedConfig, targets: str | Sequence[str] | Non
     Raises:
         RecipeError: nothing matches, or something outside the blocks does.
     """
+    return list(_matched(config, targets if targets is None or isinstance(targets, str) else tuple(targets)))
+
+
+@remembered(32)
+def _matched(config: PreTrainedConfig, targets: str | tuple[str, ...] | None) -> list[str]:
     wanted = target_modules(config, targets)
     model, blocks = meta_model(config, torch.float32), _block_pattern(config.model_type)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -153,6 +159,12 @@ def adapter_parameters(shard: Shard) -> dict[str, nn.Parameter]:
 
 def adapter_shapes(config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str]) -> dict[str, torch.Size]:
     """The shapes of the whole model's adapter tensors, by their names in an adapter file; nothing is allocated."""
+    return dict(_adapter_shapes(config, lora.rank, lora.dora, tuple(modules)))
+
+
+@remembered(32)
+def _adapter_shapes(config: PreTrainedConfig, rank: int, dora: bool, modules: tuple[str, ...]) -> dict[str, torch.Size]:
+    lora = LoraRecipe(rank=rank, dora=dora)
     with BUILDING:
         model = meta_model(config, torch.float32)
         inject_adapter_in_model(lora_config(config, lora, modules), model, ADAPTER, low_cpu_mem_usage=True)

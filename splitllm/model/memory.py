@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import lru_cache
 
 import torch
 from transformers import PreTrainedConfig
 
 from splitllm.model.families import layout_of
 from splitllm.model.graphs import NOBODY, Work, bytes_by_block
-from splitllm.model.keyed import Key, key_of
+from splitllm.model.keyed import remembered
 from splitllm.model.lora import adapter_dtype, adapter_shapes, block_of, in_model
 from splitllm.model.quantized_bytes import saved_bytes
 from splitllm.model.shard import meta_model
@@ -212,7 +211,7 @@ def shard_bytes(config: PreTrainedConfig, start: int, stop: int, head: bool, dty
 
     The embedding table counts as a tied head's projection only: a shard that embeds reads its rows from the file.
     """
-    layout, shapes = layout_of(config), _weight_shapes(key_of(config))
+    layout, shapes = layout_of(config), _weight_shapes(config)
     base = layout.base + "."
 
     def held(name: str) -> bool:
@@ -262,7 +261,7 @@ def _shapes(
 
 def shapes_of(config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str]) -> dict[str, torch.Size]:
     """The tensors of an adapter of the whole model, by their names in an adapter file."""
-    return _adapter_shapes(key_of(config), lora.model_dump_json(), tuple(modules)) if modules else {}
+    return adapter_shapes(config, lora, modules) if modules else {}
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -271,13 +270,8 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
     return dtype
 
 
-@lru_cache(maxsize=32)
-def _adapter_shapes(key: Key, lora_json: str, modules: tuple[str, ...]) -> dict[str, torch.Size]:
-    return adapter_shapes(key.config(), LoraRecipe.model_validate_json(lora_json), modules)
-
-
-@lru_cache(maxsize=8)
-def _weight_shapes(key: Key) -> dict[str, torch.Size]:
+@remembered(8)
+def _weight_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Every parameter of the whole model, a tied projection as well as the table."""
-    model = meta_model(key.config(), torch.float32)
+    model = meta_model(config, torch.float32)
     return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

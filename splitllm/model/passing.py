@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig
 
 from splitllm.model.graphs import Work, bytes_by_block, inputs_of, precision, staged
-from splitllm.model.keyed import Key, key_of
+from splitllm.model.keyed import remembered
 from splitllm.model.lora import block_of
 
 
@@ -33,7 +32,7 @@ def passing_bytes(config: PreTrainedConfig, work: Work) -> int:
         return 0
     layer = _alike(config, work)
     block = replace(work, start=layer, stop=layer + 1, checkpointing=False)
-    return _passing(key_of(config), block)
+    return _passing(config, block)
 
 
 def _alike(config: PreTrainedConfig, work: Work) -> int:
@@ -49,9 +48,8 @@ def _alike(config: PreTrainedConfig, work: Work) -> int:
     return next((layer for layer in range(1, last) if kind(layer) == kind(last)), last)
 
 
-@lru_cache(maxsize=256)
-def _passing(key: Key, work: Work) -> int:
-    config = key.config()
+@remembered(256)
+def _passing(config: PreTrainedConfig, work: Work) -> int:
     (kept,) = bytes_by_block(config, work)
     with staged(config, work) as stage:
         return _alive(lambda hidden_BSD: stage.run(work.start, hidden_BSD), config, work) - kept

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from splitllm.checkpoint import writing
 from splitllm.errors import FamilyError, SplitLLMError
 from splitllm.model.families import layout_of
-from splitllm.model.keyed import Key, key_of
+from splitllm.model.keyed import remembered
 from splitllm.model.loading import Checkpoint, quiet_transformers
 from splitllm.model.shard import Shard
 
@@ -41,18 +40,18 @@ def admit(config: PreTrainedConfig, attention: str | None = None, *, packed: boo
         FamilyError: it does not, or no twin can be built; the message names the family and the reason.
     """
     layout_of(config)
-    reason = _verdict(key_of(config), attention, packed)
+    reason = _verdict(config, attention, packed)
     if reason:
         raise FamilyError(f"model.base: {config.model_type} cannot be cut: {reason}")
 
 
-@lru_cache(maxsize=64)
-def _verdict(key: Key, attention: str | None, packed: bool) -> str | None:
+@remembered(64)
+def _verdict(config: PreTrainedConfig, attention: str | None, packed: bool) -> str | None:
     """Why the family is refused, or None."""
     state = torch.random.get_rng_state()
     try:
         with quiet_transformers():
-            return _compare(twin_config(key.config()), attention, packed)
+            return _compare(twin_config(config), attention, packed)
     except SplitLLMError as error:
         return f"its twin does not load: {error}".replace("\n", "; ")
     except (

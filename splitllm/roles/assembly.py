@@ -266,9 +266,7 @@ class Assembly:
     def worker(self, tier: int, index: int) -> Worker:
         """One role's shard with its adapters; roles that hold the same blocks share the frozen weights."""
         name, bounds = self._role(tier, index), self.bounds[self._role(tier, index)]
-        if (tier, bounds) not in self._bare:
-            self._bare[tier, bounds] = self._shard(tier, bounds)
-        shard = self._bare[tier, bounds].replica()
+        shard = self._bare_shard(tier, bounds)
         trains = self._adapters.of_client(shard, index) if tier == 0 else self._adapters.of_server(shard, name)
         if self.recipe.train.activation_checkpointing:
             shard.checkpoint_activations()
@@ -278,6 +276,15 @@ class Assembly:
             worker.frozen = Frozen(shard, self.modules, site.device)
         self.roles.workers.setdefault(self.tiers[tier], {})[name] = worker
         return worker
+
+    def _bare_shard(self, tier: int, bounds: tuple[int, int]) -> Shard:
+        """Of one role that holds these blocks; where several of the tier do, they share what is frozen."""
+        holding = [self._role(tier, index) for index in range(self.counts[tier])]
+        if sum(self.bounds[name] == bounds for name in holding) == 1:
+            return self._shard(tier, bounds)
+        if (tier, bounds) not in self._bare:
+            self._bare[tier, bounds] = self._shard(tier, bounds)
+        return self._bare[tier, bounds].replica()
 
     def rounds(
         self, name: str, level: int, worker: Worker | None, entries: Mapping[int, int], lane: int | None = None
