@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig
 
-from splitllm.model.graphs import Work, bytes_by_block, inputs_of, precision, staged
+from splitllm.model.graphs import Work, inputs_of, kept_by_layer, precision, staged
 from splitllm.model.keyed import remembered
 from splitllm.model.lora import block_of
 
@@ -50,8 +50,8 @@ def _alike(config: PreTrainedConfig, work: Work) -> int:
 
 @remembered(256)
 def _passing(config: PreTrainedConfig, work: Work) -> int:
-    (kept,) = bytes_by_block(config, work)
-    with staged(config, work) as stage:
+    with staged(config, work, (work.start,)) as stage:
+        kept = kept_by_layer(stage, config, work)[work.start]
         return _alive(lambda hidden_BSD: stage.run(work.start, hidden_BSD), config, work) - kept
 
 
