@@ -100,12 +100,10 @@ def grid() -> list[Any]:
     """
     found = []
     for (row, family), (column, cuts), (place, labels) in product(*map(enumerate, (CONFIGS, CUTS, LABELS))):
-XX
-        found.append(
-            pytest.param(family, cuts, labels, "float64", 1e-12, id=f"fp64-{name}", marks=fast_if(turn % 4 == 0))
-        )
-        marks = fast_if(turn == 2, "soak")
-        found.append(pytest.param(family, cuts, labels, "float32", 1e-6, id=f"fp32-{name}", marks=marks))
+        name, turn = f"{family}-{'-'.join(map(str, cuts)) or 'whole'}-{labels}", (row + column + 2 * place) % 8
+        exact, rough = fast_if(turn % 4 == 0), fast_if(turn == 2, "soak")
+        found.append(pytest.param(family, cuts, labels, "float64", 1e-12, id=f"fp64-{name}", marks=exact))
+        found.append(pytest.param(family, cuts, labels, "float32", 1e-6, id=f"fp32-{name}", marks=rough))
     return found
 
 
