@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from splitllm import __version__
-from splitllm.errors import DivergedError, PeerError, RecipeError, RunInterrupted, SplitLLMError
+from splitllm.errors import DivergedError, PeerError, RankError, RecipeError, RunInterrupted, SplitLLMError
 
 app = typer.Typer(
     name="splitllm",
@@ -347,7 +347,7 @@ def _errors_as_lines() -> Iterator[None]:
     except RecipeError as error:  # the same on every rank
         _fail(str(error), status=2)
     except SplitLLMError as error:
-        _fail(str(error), status=1 if isinstance(error, PeerError | DivergedError) else 2, every_rank=True)
+        _fail(str(error), status=1 if isinstance(error, PeerError | DivergedError | RankError) else 2, every_rank=True)
     except OSError as error:
         _fail(_os_error_line(error), status=1, every_rank=True)
 

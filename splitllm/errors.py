@@ -55,6 +55,10 @@ class RejoinError(PeerError):
     """The run went back to an earlier step, because a role was lost or came back: join again, and go on from there."""
 
 
+class RankError(SplitLLMError, RuntimeError):
+    """A process of a server that takes several is gone, or could not compute its share: all of them stop."""
+
+
 class DivergedError(SplitLLMError, ArithmeticError):
     """Loss or gradients are no longer finite; nothing was stepped with them."""
 

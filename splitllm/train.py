@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from splitllm.checkpoint import TrainingState
-from splitllm.errors import RunInterrupted
+from splitllm.errors import RecipeError, RunInterrupted
 from splitllm.metrics import Metrics, Tracker
 from splitllm.plan import refuse_without_room
 from splitllm.preflight import prepare
@@ -30,7 +30,7 @@ from splitllm.running.memory import announced
 from splitllm.running.outcome import fingerprint, finish, keep_recipe, measure, restore, save, saved_state
 from splitllm.running.results import log_round
 from splitllm.running.state import Run
-from splitllm.running.world import World, open_world, share_cores
+from splitllm.running.world import Processes, World, open_world, share_cores
 
 STOP_SECONDS = 0.2  # between looks for Ctrl-C, while other sites are waited for
 
@@ -66,10 +66,14 @@ def opened_run(recipe: Recipe, directory: Path, resume: bool = False) -> tuple[R
         RecipeError, CheckpointError: as those of `train`.
     """
     saved = saved_state(recipe, directory, resume)
-    share_cores(recipe.train)
+    if recipe.server.processes > 1:
+        advice = "splitllm train spreads roles over train.processes; set it to 1"
+        raise RecipeError([f"server.processes: {recipe.server.processes} is for a server started by itself; {advice}"])
+    processes = Processes(recipe.train.processes, "train.processes")
+    share_cores(recipe.train, processes)
     plan = prepare(recipe)
     refuse_without_room(plan)
-    world = open_world(recipe.train, directory)
+    world = open_world(recipe.train, directory, processes)
     base = open_base(recipe, directory, world)
     data = fingerprint(plan.corpus, base, saved)
     schedule = schedule_of(recipe.train.schedule, recipe.train.steps)

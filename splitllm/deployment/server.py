@@ -13,10 +13,12 @@ from splitllm.deployment.bounds import in_flight, limits
 from splitllm.deployment.door import Door, door_of, journals_of, room_of
 from splitllm.deployment.observe import Metered, Observer
 from splitllm.deployment.quota import Quotas, limits_of, metered
+from splitllm.deployment.ranks import follow
 from splitllm.deployment.reach import say_who_is_missing
 from splitllm.deployment.station import Options, Station, open_station
 from splitllm.deployment.stop import Stop
-from splitllm.errors import DivergedError, RunInterrupted, SplitLLMError
+from splitllm.errors import DivergedError, RankError, RunInterrupted, SplitLLMError
+from splitllm.ranks.follower import LEADER
 from splitllm.recipe import Recipe, children_of, client_names, clients_below, goes_by_lanes
 from splitllm.roles.assembly import coding_of
 from splitllm.roles.elsewhere import opened
@@ -42,10 +44,14 @@ def serve(recipe: Recipe, options: Options) -> None:
     Raises:
         RecipeError: the recipe cannot run here.
         PeerError: the role above refuses this one.
+        RankError: another process of this server is gone.
         RunInterrupted: SIGTERM or Ctrl-C; the same command goes on where the run is.
     """
     station = open_station(recipe, options, client=None)
-    asyncio.run(_serve(station))
+    if station.peers is None or station.peers.rank == LEADER:
+        asyncio.run(_serve(station))
+    else:
+        follow(station)
 
 
 async def _serve(station: Station) -> None:
@@ -72,7 +78,7 @@ async def _serve(station: Station) -> None:
     try:
         async with opened(None if isinstance(door, Lanes) or finished else door.server.elsewhere):
             await _until_complete(door, trouble, uplink, stop)
-    except RunInterrupted:
+    except (RunInterrupted, RankError):
         raise  # to be started again: the others wait
     except SplitLLMError as error:
         sessions.tell_all(error)
@@ -86,6 +92,7 @@ async def _serve(station: Station) -> None:
         if uplink is not None:
             await uplink.close(goodbye=door.finished.is_set() and not finished)
         stop_metrics()
+        await station.let_go()
     logger.info("complete")
 
 

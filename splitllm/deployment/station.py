@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from splitllm.deployment.above import Told
 from splitllm.deployment.bounds import limits
@@ -15,21 +18,26 @@ from splitllm.deployment.footprint import Footprint, settle_allocator
 from splitllm.deployment.journal import Journal
 from splitllm.deployment.reach import WayUp
 from splitllm.deployment.secure import check_secure
-from splitllm.errors import RecipeError
+from splitllm.errors import RankError, RecipeError
+from splitllm.model.families import dropouts
 from splitllm.model.loading import Checkpoint
 from splitllm.model.machine import give_back
 from splitllm.model.shard import BUILDING
 from splitllm.plan import Plan, refuse_without_room
 from splitllm.preflight import prepare
-from splitllm.recipe import Recipe, fingerprint, goes_by_lanes, parent_of, tier_of
+from splitllm.ranks.leader import Leader, begin, end
+from splitllm.ranks.peers import Peers
+from splitllm.recipe import Recipe, client_names, fingerprint, goes_by_lanes, lora_of, parent_of, tier_of
 from splitllm.roles.assembly import Assembly, Site, coding_of, schedule_of
 from splitllm.roles.device import DeviceThread
 from splitllm.roles.worker import Worker
 from splitllm.running.base import open_base
-from splitllm.running.world import World, open_world, share_cores
+from splitllm.running.world import Processes, World, open_world, share_cores
 from splitllm.wire.certificates import Credentials, load_credentials
 from splitllm.wire.remote import Dialer, patience
 from splitllm.wire.uplink import RemoteLink
+
+LET_GO_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class Station:
         base: the model.
         credentials: for mutual TLS, or None.
         device: the thread that computes.
+        peers: the ranks of a server that takes several processes; None: it is one.
     """
 
     plan: Plan
@@ -70,6 +79,7 @@ class Station:
     base: Checkpoint
     credentials: Credentials | None
     device: DeviceThread
+    peers: Peers | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -140,13 +150,27 @@ class Station:
         return self.assembly(bounds).worker(self.tier, tier_of(self.recipe, self.name)[1])
 
     async def load(self, told: Told | None) -> Worker:
-        """The same where it computes, so that this process still hears the user and its peers."""
+        """The same where it computes, so that this process still hears the user and its peers; on all ranks."""
 
         def load() -> Worker:
+            bounds = None if told is None else told.shard
             with BUILDING:
-                return self.worker(None if told is None else told.shard)
+                if self.peers is None:
+                    return self.worker(bounds)
+                begin(self.peers, bounds)
+                worker = self.worker(bounds)
+                worker.ranks = Leader(worker, self.peers, whole=drops(self.recipe, self.plan.config))
+                return worker
 
         return await self.device.run(load)
+
+    async def let_go(self) -> None:
+        """Tell the other ranks, if there are any, that this server has ended; one that is gone is told nothing."""
+        if self.peers is None:
+            return
+        with suppress(RankError, TimeoutError):
+            async with asyncio.timeout(LET_GO_SECONDS):
+                await self.device.run(partial(end, self.peers))
 
     def uplink(self) -> RemoteLink:
         """The way to the role above; connects at once.
@@ -182,6 +206,12 @@ class Station:
         return address
 
 
+def drops(recipe: Recipe, config: PreTrainedConfig) -> bool:
+    """Whether anything is dropped while training, by the base model or an adapter."""
+    adapters = (lora_of(recipe, client).dropout for client in range(len(client_names(recipe))))
+    return bool(dropouts(config)) or any(adapters)
+
+
 def open_station(recipe: Recipe, options: Options, *, client: int | None) -> Station:
     """Check everything that can be checked at home.
 
@@ -197,19 +227,22 @@ def open_station(recipe: Recipe, options: Options, *, client: int | None) -> Sta
     if len(recipe.split.tiers) < 2:
         raise RecipeError(["split.tiers: a deployment needs at least two tiers; use splitllm train"])
     if recipe.train.processes != 1:
-        raise RecipeError([f"train.processes: {recipe.train.processes} is for splitllm train; a role is one process"])
+        advice = "of a server in several processes tell server.processes"
+        raise RecipeError([f"train.processes: {recipe.train.processes} is for splitllm train; {advice}"])
+    processes = Processes(1 if client is not None else recipe.server.processes, "server.processes")
     wire = recipe.wire
     credentials = load_credentials(Path(wire.certificates), options.name) if wire.certificates is not None else None
     settle_allocator(recipe, options.name)
-    share_cores(recipe.train)
+    share_cores(recipe.train, processes)
     threads = torch.get_num_threads()
     tier = list(recipe.split.tiers)[tier_of(recipe, options.name)[0]]
     plan = prepare(recipe, data=client is not None, client=client, tier=tier)
     refuse_without_room(plan, options.name)
     options.directory.mkdir(parents=True, exist_ok=True)
-    world = open_world(recipe.train, options.directory)
+    world = open_world(recipe.train, options.directory, processes)
     base = open_base(recipe, options.directory, world)
-    station = Station(plan, options, world, base, credentials, DeviceThread(threads))
+    peers = Peers(options.name) if world.size > 1 else None
+    station = Station(plan, options, world, base, credentials, DeviceThread(threads), peers)
     station.footprint.announce()
     give_back()  # what working that out has left
     return station

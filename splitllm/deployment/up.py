@@ -50,6 +50,9 @@ def up(recipe: Recipe, directory: Path, *, resume: bool = False, console: Consol
     """
     if len(recipe.split.tiers) < 2:
         raise RecipeError(["split.tiers: a deployment needs at least two tiers; use splitllm train"])
+    if recipe.server.processes > 1:
+        advice = "start each role by itself, its servers with accelerate launch, or set it to 1"
+        raise RecipeError([f"server.processes: {recipe.server.processes}, but up starts one process a role; {advice}"])
     tiers = list(role_names(recipe).values())
     [top] = tiers[-1]
     console = console or Console()

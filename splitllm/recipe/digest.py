@@ -20,6 +20,7 @@ LOCAL_KEYS = frozenset(
         "split.memory_mib",
         *("train.threads", "train.checkpoint_every", "train.keep", "train.log_every", "train.trackers"),
         *("train.verify_adapter", "wire.addresses", "wire.certificates", "wire.memory_mib", "wire.keepalive"),
+        "server.processes",
         *("server.quota.tokens_per_second", "server.quota.bytes_per_second", "server.tenants"),
         "rounds.exchange",
     }

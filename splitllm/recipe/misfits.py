@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from splitllm.recipe.quantization import quantization_misfits
 from splitllm.recipe.roles import find_role, known_roles
 from splitllm.recipe.round_misfits import Misfit, rounds_misfits
-from splitllm.recipe.rounds import goes_by_rounds
+from splitllm.recipe.rounds import WITH_FROZEN, goes_by_rounds
 
 if TYPE_CHECKING:
     from splitllm.recipe.schema import DataRecipe, LoraRecipe, Recipe, ServerRecipe, SplitRecipe, WireRecipe
@@ -33,6 +33,7 @@ def misfits(recipe: Recipe) -> Iterator[Misfit]:
         yield keys3, f"wire.absent: 'drop' needs lora.adapters: shared and no split.client_cuts: {why}; use wait"
     yield from rounds_misfits(recipe)
     yield from quantization_misfits(recipe)
+    yield from _processes_misfits(recipe)
     yield from _server_misfits(recipe.server, recipe.split)
     yield from _wire_misfits(recipe.wire, recipe.split)
     steps, schedule = recipe.train.steps, recipe.train.schedule
@@ -42,6 +43,15 @@ def misfits(recipe: Recipe) -> Iterator[Misfit]:
     if schedule.name == "constant" and schedule.warmup_steps > 0:
         keys = ("train.schedule.name", "train.schedule.warmup_steps")
         yield keys, f"{keys[0]}: 'constant' has no warm-up; use constant_with_warmup, or warmup_steps: 0"
+
+
+def _processes_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    """What several processes of one server cannot share."""
+    processes, rule = recipe.server.processes, recipe.rounds.rule
+    if processes > 1 and goes_by_rounds(recipe) and rule in WITH_FROZEN:
+        why = f"cannot share what rounds.rule: {rule} adds to the frozen weights"
+        keys = ("server.processes", "rounds.rule")
+        yield keys, f"server.processes: {processes} {why}; use 1, or a rule such as fedavg"
 
 
 def _pace_misfits(recipe: Recipe) -> Iterator[Misfit]:

@@ -197,7 +197,7 @@ class ServerRecipe(Section):
     """How servers compute what their clients send. `tokens` are positions of a batch, padding included.
 
     With `continuous` what clients have in common steps after the steps of `step_tenants` clients (null: of as many as
-    the server has), or after `step_tokens` tokens.
+    the server has), or after `step_tokens` tokens. So many `processes` of `accelerate launch` are one server.
     """
 
     batching: Literal["none", "synchronous", "continuous"] = "none"
@@ -208,6 +208,7 @@ class ServerRecipe(Section):
     step_tenants: Count | None = None
     step_tokens: Count | None = None
     park_after: Positive | None = None
+    processes: Count = 1
     memory_mib: Count | None = None
     quota: QuotaRecipe = Field(default_factory=QuotaRecipe)
     tenants: dict[str, TenantRecipe] = Field(default_factory=dict)

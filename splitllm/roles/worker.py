@@ -8,8 +8,8 @@ Shape suffixes: B rows, S padded length, T real tokens of one micro-batch, D hid
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -78,6 +78,14 @@ class Pass:
     joined: Joined
 
 
+class Ranks(Protocol):
+    """The other processes of a server that takes several: each computes a share of every batch."""
+
+    def forward(self, asks: Sequence[Ask], leaves: Sequence[torch.Tensor], *, graph: bool) -> list[torch.Tensor]:
+        """What `Worker.through` computes, shared out; while `graph`, the outputs lead back to the leaves."""
+        ...
+
+
 @dataclass
 class Worker:
     """A shard with its trainable parts, computing on one device.
@@ -92,6 +100,7 @@ class Worker:
         common: what clients train together at their own pace; None where they step together.
         frozen: what rounds have added to the frozen weights; None where they add nothing.
         kept: what of rounds is kept with this role's state; None where it averages nothing.
+        ranks: with whom it shares its batches; None: with nobody.
     """
 
     shard: Shard
@@ -103,6 +112,7 @@ class Worker:
     common: Common | None = None
     frozen: Frozen | None = None
     kept: Stateful | None = None
+    ranks: Ranks | None = None
     _activations: int = 0
     _largest: int = 0
 
@@ -118,18 +128,31 @@ class Worker:
         """
         joined, train = Joined(tuple(ask.rows for ask in asks)), asks[0].train
         assert all(ask.train == train for ask in asks)
-        self._mode(train)
-        self.shard.key.begin(joined)
         graph = train and any(ask.input_gradient or self._trains(ask.rows.micro_batch.client) for ask in asks)
-        positions = sum(len(member.lengths) * max(member.lengths) for member in joined.members)
-        with torch.set_grad_enabled(graph), self.autocast(), self._counting(graph, positions):
-            if self.shard.embeddings is not None:
-                (ask,) = asks
+        if self.shard.embeddings is not None:
+            (ask,) = asks
+            with self._computing(joined, train=train, graph=graph):
                 return [self._embedded(ask, joined)]
-            leaves = [ask.inputs.to(self.device).detach().requires_grad_(ask.input_gradient and graph) for ask in asks]
-            outputs = self._joined(asks, leaves, joined)
+        leaves = [ask.inputs.to(self.device).detach().requires_grad_(ask.input_gradient and graph) for ask in asks]
+        compute = self.through if self.ranks is None else self.ranks.forward
+        outputs = compute(asks, leaves, graph=graph)
         micro_batches = [member.micro_batch for member in joined.members]
         return [Pass(*each, joined) for each in zip(micro_batches, leaves, outputs, strict=True)]
+
+    def through(self, asks: Sequence[Ask], leaves: Sequence[torch.Tensor], *, graph: bool) -> list[torch.Tensor]:
+        """Run the blocks here.
+
+        Args:
+            asks: by entry, lowest first.
+            leaves: their inputs [T, D], where this role computes.
+            graph: whether a backward will follow.
+
+        Returns:
+            The output [T, D] of each.
+        """
+        joined = Joined(tuple(ask.rows for ask in asks))
+        with self._computing(joined, train=asks[0].train, graph=graph):
+            return self._joined(asks, leaves, joined)
 
     def backward(
         self,
@@ -211,6 +234,15 @@ class Worker:
             "adapter and optimiser": state + (0 if self.common is None else self.common.nbytes()),
             "activations of a batch": self._activations,
         }
+
+    @contextmanager
+    def _computing(self, joined: Joined, *, train: bool, graph: bool) -> Iterator[None]:
+        """A forward: mode, dropout, precision, and whether a graph is built."""
+        self._mode(train)
+        self.shard.key.begin(joined)
+        positions = sum(len(member.lengths) * max(member.lengths) for member in joined.members)
+        with torch.set_grad_enabled(graph), self.autocast(), self._counting(graph, positions):
+            yield
 
     def _trains(self, client: int) -> bool:
         return any(each.parameters for each in (self.trainable, *self._of(client)))

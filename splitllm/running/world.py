@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from splitllm.errors import RecipeError
 from splitllm.recipe import TrainRecipe
 
+LOOPBACK = "lo"
+
 
 @dataclass(frozen=True)
 class World:
@@ -82,31 +84,59 @@ class World:
         return self.sum_numbers([float(flag)])[0] > 0
 
 
-def share_cores(train: TrainRecipe) -> None:
+@dataclass(frozen=True)
+class Processes:
+    """How many processes a recipe expects of one start.
+
+    Attributes:
+        count: of them.
+        key: of the recipe, which says so.
+    """
+
+    count: int
+    key: str
+
+    def mismatch(self, started: int) -> str:
+        """What to do where another number was started."""
+        if started < self.count:
+            how = (
+                f"start {self.count}: accelerate launch --multi_gpu --num_processes {self.count}, on CPUs with "
+                f"ACCELERATE_USE_CPU=true before it (accelerate's own --cpu starts one only), or set {self.key}=1"
+            )
+        else:
+            how = f"launch {self.count}, or set {self.key}={started}"
+        return f"{self.key}: the recipe expects {self.count}, but {started} run; {how}"
+
+
+def share_cores(train: TrainRecipe, processes: Processes) -> None:
     """Give this process its part of the machine's cores; the first thing to do, before anything is computed.
 
     Args:
-        train: `processes` and `threads` are read.
+        train: `threads` is read.
+        processes: that the recipe expects.
 
     Raises:
         RecipeError: the recipe expects another number of processes than were started.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != train.processes:
-        raise RecipeError([_mismatch(train.processes, started)])
+    if started != processes.count:
+        raise RecipeError([processes.mismatch(started)])
     local = int(os.environ.get("LOCAL_WORLD_SIZE", started))
+    if 1 < started == local:  # all on this machine: nobody else has to reach them
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     torch.set_num_threads(train.threads or max(1, len(os.sched_getaffinity(0)) // local))
 
 
-def open_world(train: TrainRecipe, project_dir: Path) -> World:
+def open_world(train: TrainRecipe, project_dir: Path, processes: Processes) -> World:
     """Join the processes of this run; returns when all are here.
 
     From here on transformers writes files on rank 0 only: what every rank does for itself, such as the proof that a
     family can be cut, comes before.
 
     Args:
-        train: `processes`, `mixed_precision` and `trackers` are read.
+        train: `mixed_precision` and `trackers` are read.
         project_dir: where trackers write.
+        processes: that the recipe expects.
 
     Raises:
         RecipeError: accelerate sees another number of processes than the recipe, or was launched for fp16.
@@ -114,20 +144,9 @@ def open_world(train: TrainRecipe, project_dir: Path) -> World:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), log_with=list(train.trackers) or None, project_dir=str(project_dir)
     )
-    if accelerator.num_processes != train.processes:
-        raise RecipeError([_mismatch(train.processes, accelerator.num_processes)])
+    if accelerator.num_processes != processes.count:
+        raise RecipeError([processes.mismatch(accelerator.num_processes)])
     precision = train.mixed_precision or accelerator.mixed_precision
     if precision not in ("no", "bf16"):
         raise RecipeError([f"train.mixed_precision: accelerate was launched with {precision}; use bf16, or no"])
     return World(accelerator, half=precision == "bf16")
-
-
-def _mismatch(expected: int, started: int) -> str:
-    if started < expected:
-        how = (
-            f"start {expected}: accelerate launch --multi_gpu --num_processes {expected}, on CPUs with "
-            "ACCELERATE_USE_CPU=true before it (accelerate's own --cpu starts one only), or set train.processes=1"
-        )
-    else:
-        how = f"launch {expected}, or set train.processes={started}"
-    return f"train.processes: the recipe expects {expected}, but {started} run; {how}"

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from splitllm.errors import PeerError, SplitLLMError
+from splitllm.errors import PeerError, RankError, SplitLLMError
 from splitllm.wire.assembling import Assembler, Limits
 from splitllm.wire.coding import Coding
 from splitllm.wire.envelopes import error_envelope, reply_envelope, request_of
@@ -297,6 +297,9 @@ class Sessions:
             return to_frames(reply_envelope(number, reply, session.coding.pack_reply(message, reply)))
         except Refused as refused:
             return refused
+        except RankError as error:  # what was asked is answered by who takes this process's place
+            self._reception.fatal(error)
+            raise asyncio.CancelledError from error
         except SplitLLMError as error:
             if type(error) is PeerError:
                 return Refused("invalid", str(error))

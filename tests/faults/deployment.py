@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,14 +99,15 @@ class Process:
     Args:
         words: of the command line.
         out, err: files that standard output and error are appended to.
+        env: added to its environment.
 
     Attributes:
         since: bytes that were in `out` before.
     """
 
-    def __init__(self, words: list[str], out: Path, err: Path) -> None:
+    def __init__(self, words: list[str], out: Path, err: Path, env: Mapping[str, str] | None = None) -> None:
         self.since = out.stat().st_size if out.exists() else 0
-        self._process = FORKS.Process(target=_splitllm, args=(words, str(out), str(err)), daemon=True)
+        self._process = FORKS.Process(target=_splitllm, args=(words, str(out), str(err), env or {}), daemon=True)
         self._process.start()
 
     def signal(self, number: signal.Signals) -> None:
@@ -124,8 +125,9 @@ class Process:
         self._process.join()
 
 
-def _splitllm(words: list[str], out: str, err: str) -> None:
+def _splitllm(words: list[str], out: str, err: str, env: Mapping[str, str]) -> None:
     """In the process of a role."""
+    os.environ.update(env)
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
@@ -160,11 +162,23 @@ class Deployment(RolesOfRecipe):
             self.running[name] = self.spawn(name, more=more, directory=directory)
             self.since[name] = self.running[name].since
 
-    def spawn(self, name: str, *, more: tuple[str, ...] = (), directory: str | None = None) -> Process:
+    def spawn(
+        self,
+        name: str,
+        *,
+        more: tuple[str, ...] = (),
+        directory: str | None = None,
+        label: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Process:
         """A process of a role, beside the one that there may be."""
         words = self.words_of(name, self._listen, self._relayed, *more, directory=directory)
-        label = directory or name
-        return Process(words, self.log_of(label), self.log_of(label, "err"))
+        label = label or directory or name
+        return Process(words, self.log_of(label), self.log_of(label, "err"), env)
+
+    def command_of(self, name: str, *more: str) -> list[str]:
+        """The words after `splitllm` that run a role."""
+        return self.words_of(name, self._listen, self._relayed, *more)
 
     # Faults.
 

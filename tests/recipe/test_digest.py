@@ -117,6 +117,7 @@ LOCAL = {  # and of every key that may differ
     "wire.memory_mib": 5,
     "split.memory_mib": {"client": 850},
     "wire.keepalive": 5.0,
+    "server.processes": 2,
     "server.quota.tokens_per_second": 5.0,
     "server.quota.bytes_per_second": 5.0,
     "rounds.exchange": "unix:/other",

@@ -1,0 +1,138 @@
+"""A server in several processes: they learn what one learns; who is killed stops all, and they go on."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from splitllm.recipe import load_recipe
+from splitllm.train import train
+from tests.faults.deployment import deployed
+from tests.faults.ranks import Launched, Ranked, seconds_of
+from tests.processes import ROOT
+from tests.tiny import write_recipe
+
+pytestmark = pytest.mark.system
+
+WORDS = (
+    "split.tiers={client: 3, edge: 1, cloud: 1}",
+    "model.dropout=0",
+    "lora.dropout=0",
+    "model.dtype=float64",
+    "train.steps=8",
+    "train.eval_every=4",
+    "wire.keepalive=0.25",
+)
+MODES = {
+    "one by one": (),
+    "together": ("server.batching=synchronous",),
+    "labels at the cloud": ("server.batching=synchronous", "split.labels=cloud"),
+    "each its own": ("server.batching=synchronous", "lora.adapters=per_client"),
+    "at their own pace": ("server.batching=continuous", "lora.adapters=per_client"),
+    "checkpointed": ("train.activation_checkpointing=true", "lora.rank=2"),
+    "dropout": ("server.batching=synchronous", "lora.dropout=0.2"),
+}
+CLOSE = 1e-9
+
+
+def off(found: Path, expected: Path) -> float:
+    """The largest difference of two adapters, as a part of the largest value of its tensor."""
+    worst = 0.0
+    for file in sorted(expected.rglob("adapter_model.safetensors")):
+        ours, theirs = load_file(found / file.relative_to(expected)), load_file(file)
+        assert ours.keys() == theirs.keys()
+        worst = max([worst, *(float((ours[k] - theirs[k]).abs().max() / theirs[k].abs().max()) for k in ours)])
+    return worst
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_learn_what_one_process_learns(mode: str, tmp_path: Path) -> None:
+    recipe, words = write_recipe(tmp_path), (*WORDS, *MODES[mode])
+    train(load_recipe(recipe, words), tmp_path / "one")
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+        edge = Ranked(deployment, "edge")
+        edge.start(2)
+        deployment.start(*(name for name in deployment.names if name != "edge"))
+        assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
+        deployment.until(lambda: edge.statuses() == [0, 0], "rank 1 to end")
+        assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.soak)])
+def test_a_rank_that_is_killed_stops_all_and_they_go_on(kills: int, tmp_path: Path) -> None:
+    recipe, drawn = write_recipe(tmp_path), random.Random(time.time_ns())
+    words = (*WORDS, "server.batching=synchronous", f"train.steps={20 * kills}")
+    train(load_recipe(recipe, words), tmp_path / "one")
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+        edge = Ranked(deployment, "edge")
+        edge.start(2)
+        deployment.start(*(name for name in deployment.names if name != "edge"))
+        for kill in range(kills):
+            deployment.until_step(8 + 15 * kill)
+            time.sleep(drawn.random() / 4)
+            rank = drawn.randrange(2)
+            assert edge.kill(rank) == [1], deployment.tails()
+            other = deployment.complaints("edge" if rank else "edge-rank-1")
+            assert f"rank {rank} of 2 is gone" in other, other
+            edge.start(2)
+        assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
+        assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
+
+
+def test_a_server_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    recipe, words = write_recipe(tmp_path), (*WORDS, "server.batching=synchronous", "train.steps=30")
+    train(load_recipe(recipe, words), tmp_path / "one")
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+        edge = Ranked(deployment, "edge")
+        edge.start(2)
+        deployment.start(*(name for name in deployment.names if name != "edge"))
+        for step, count in ((8, 1), (16, 3)):
+            deployment.until_step(step)
+            edge.kill(0)
+            edge.start(count)
+        assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
+        assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
+
+
+def test_accelerate_launches_a_server_and_who_waits_does_not_spin(tmp_path: Path) -> None:
+    recipe, words = write_recipe(tmp_path), (*WORDS, "server.batching=synchronous")
+    train(load_recipe(recipe, words), tmp_path / "one")
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+        edge = Launched(deployment, "edge", ROOT / "recipes" / "accelerate" / "cpu.yaml")
+        try:
+            deployment.start("cloud")
+            deployment.until(lambda: bool(deployment.said("edge", "follows")), "rank 1 to wait")
+            before = [seconds_of(pid) for pid in edge.ranks()]
+            time.sleep(3)
+            spent = [seconds_of(pid) - then for pid, then in zip(edge.ranks(), before, strict=True)]
+            assert len(spent) == 2
+            assert max(spent) < 0.3, spent
+            deployment.start(*(name for name in deployment.names if name not in ("edge", "cloud")))
+            assert set(deployment.finish().values()) == {0}, deployment.tails()
+            assert edge.wait() == 0
+        finally:
+            edge.end()
+        assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_accelerate_ends_all_when_a_rank_is_killed(rank: int, tmp_path: Path) -> None:
+    recipe, words = write_recipe(tmp_path), (*WORDS, "train.steps=2000")
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+        edge = Launched(deployment, "edge", ROOT / "recipes" / "accelerate" / "cpu.yaml")
+        try:
+            deployment.start(*(name for name in deployment.names if name != "edge"))
+            deployment.until_step(3)
+            ranks = edge.ranks()
+            os.kill(ranks[rank], signal.SIGKILL)
+            assert edge.wait() == 1
+            deployment.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), "all ranks to end")
+            assert all(deployment.running[name].status is None for name in deployment.running)
+        finally:
+            edge.end()
