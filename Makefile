@@ -11,8 +11,8 @@ OUT := out/quickstart
 CANDIDATES := python3.11 python3 python3.12 python3.13 python3.14
 WORKS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(WORKS)' >/dev/null 2>&1 && echo $$p && break; done)
-# Tests and the quickstart never ask a hub for anything.
-OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Tests and the quickstart never ask a hub for anything. Bytecode is kept, or each process compiles all of it again.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 # What DeepSpeed compiles, once for all tests; without libaio there is nothing to compile, and what needs it is skipped.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/build/extensions
 WORKERS ?= 2

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import is_flash_attn_2_available
 from typer.testing import CliRunner
 
-from splitllm import preflight
+from splitllm import plan, preflight
 from splitllm.cli import app
 from splitllm.errors import RecipeError
 from splitllm.preflight import prepare
@@ -74,6 +74,21 @@ def test_validate_says_what_will_happen_and_what_leaves_the_device(folder: Path)
     (leaves,) = [line for line in lines if line.startswith("leaves the device: ")]
     assert "activations at the cut (block 1)" in leaves and "token ids stay" in leaves
     assert lines[-1] == "the recipe is valid"
+
+
+@pytest.mark.parametrize(
+    ("words", "when"),
+    [
+        (["server.batching=continuous"], "as many steps as a server has clients"),
+        (["server.batching=continuous", "server.step_tenants=3"], "3 steps of clients"),
+        (["server.batching=continuous", "server.step_tokens=99"], "99 tokens"),
+    ],
+)
+def test_validate_says_when_steps_what_clients_have_in_common(folder: Path, words: list[str], when: str) -> None:
+    done = CliRunner().invoke(
+        app, ["validate", str(folder / "recipe.yaml"), "model.dropout=0", "lora.adapters=common", *words]
+    )
+    assert f"LoRA: rank 4 on 4 modules, adapters: common in blocks 1..3, stepped after {when}" in done.stdout
 
 
 def test_validate_says_what_is_quantised(folder: Path) -> None:
@@ -418,7 +433,7 @@ def test_a_limit_names_a_tier(folder: Path, tmp_path: Path) -> None:
 def test_a_run_without_room_is_refused_before_anything_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "available_bytes", lambda: 0)
+    monkeypatch.setattr(plan, "available_bytes", lambda: 0)
     out = tmp_path / "out"
     refused = CliRunner().invoke(app, ["train", str(folder / "recipe.yaml"), "--output-dir", str(out)])
     assert refused.exit_code == 2 and not out.exists()

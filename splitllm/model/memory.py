@@ -6,18 +6,16 @@ Weights, adapters and optimisers follow from shapes; what a micro-batch keeps fo
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import lru_cache
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from splitllm.model.families import layout_of
 from splitllm.model.graphs import NOBODY, Work, bytes_by_block
+from splitllm.model.keyed import remembered
 from splitllm.model.lora import adapter_dtype, adapter_shapes, block_of, in_model
 from splitllm.model.quantized_bytes import saved_bytes
 from splitllm.model.shard import meta_model
@@ -215,7 +213,7 @@ def shard_bytes(config: PreTrainedConfig, start: int, stop: int, head: bool, dty
 
     The embedding table counts as a tied head's projection only: a shard that embeds reads its rows from the file.
     """
-    layout, shapes = layout_of(config), _weight_shapes(*_key(config))
+    layout, shapes = layout_of(config), _weight_shapes(config)
     base = layout.base + "."
 
     def held(name: str) -> bool:
@@ -283,11 +281,7 @@ def _shapes(
 
 def shapes_of(config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str]) -> dict[str, torch.Size]:
     """The tensors of an adapter of the whole model, by their names in an adapter file."""
-    return _adapter_shapes(*_key(config), lora.model_dump_json(), tuple(modules)) if modules else {}
-
-
-def _key(config: PreTrainedConfig) -> tuple[str, Callable[..., Any]]:
-    return config.to_json_string(), type(config).from_dict
+    return adapter_shapes(config, lora, modules) if modules else {}
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -296,15 +290,8 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
     return dtype
 
 
-@lru_cache(maxsize=32)
-def _adapter_shapes(
-    config_json: str, from_dict: Callable[..., Any], lora_json: str, modules: tuple[str, ...]
-) -> dict[str, torch.Size]:
-    return adapter_shapes(from_dict(json.loads(config_json)), LoraRecipe.model_validate_json(lora_json), modules)
-
-
-@lru_cache(maxsize=8)
-def _weight_shapes(config_json: str, from_dict: Callable[..., Any]) -> dict[str, torch.Size]:
+@remembered(8)
+def _weight_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Every parameter of the whole model, a tied projection as well as the table."""
-    model = meta_model(from_dict(json.loads(config_json)), torch.float32)
+    model = meta_model(config, torch.float32)
     return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

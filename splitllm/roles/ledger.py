@@ -7,9 +7,9 @@ What the allocator leaves unused was measured (docs/benchmarks/memory.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from transformers import PreTrainedConfig
 
@@ -164,7 +164,7 @@ class Ledger:
         return sum(parts.total for parts in self.roles().values())
 
 
-@dataclass
+@dataclass(eq=False)
 class _Book:
     """Works out the parts."""
 
@@ -191,7 +191,12 @@ class _Book:
             rounds=self._rounds(name).total,
         )
 
-    def _held(self, name: str) -> Parts:
+    @cached_property
+    def _held(self) -> Callable[[str], Parts]:
+        """Of a role by its name: all ask for it."""
+        return cache(self._holding)
+
+    def _holding(self, name: str) -> Parts:
         """Weights, adapters, their gradients and optimisers."""
         price = role_holding(self.recipe, self.config, self.modules, name)
         adapters, gradients, optimizer = price.adapter, price.gradients, price.optimizer
@@ -228,7 +233,12 @@ class _Book:
 
     # Activations.
 
-    def _work(self, name: str, client: int) -> Work:
+    @cached_property
+    def _work(self) -> Callable[[str, int], Work]:
+        """Of a role and a client: all ask for it."""
+        return cache(self._work_of)
+
+    def _work_of(self, name: str, client: int) -> Work:
         """A client's micro-batch on a role."""
         recipe, layers = self.recipe, self.config.num_hidden_layers
         start, stop = role_bounds(recipe, layers)[name]
