@@ -235,7 +235,7 @@ def largest_matrix(config: PreTrainedConfig, start: int, stop: int) -> int:
 
 def block_matrices(config: PreTrainedConfig, start: int, stop: int) -> list[torch.Size]:
     """The shapes of all matrices in blocks `start` to `stop - 1`."""
-    layout, shapes = layout_of(config), _weight_shapes(*_key(config))
+    layout, shapes = layout_of(config), _weight_shapes(config)
     inside = {name: shape for name, shape in shapes.items() if name.startswith(f"{layout.base}.{layout.blocks}.")}
     return [shape for name, shape in inside.items() if len(shape) > 1 and start <= block_of(config, name) < stop]
 
