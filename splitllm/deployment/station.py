@@ -23,7 +23,8 @@ from splitllm.model.families import dropouts
 from splitllm.model.loading import Checkpoint
 from splitllm.model.machine import give_back
 from splitllm.model.shard import BUILDING
-from splitllm.preflight import Plan, prepare, refuse_without_room
+from splitllm.plan import Plan, refuse_without_room
+from splitllm.preflight import prepare
 from splitllm.ranks.leader import Leader, begin, end
 from splitllm.ranks.peers import Peers
 from splitllm.recipe import Recipe, client_names, fingerprint, goes_by_lanes, lora_of, parent_of, tier_of

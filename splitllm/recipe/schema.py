@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
@@ -40,7 +41,7 @@ from splitllm.recipe.kinds import (
     mapping_of,
 )
 from splitllm.recipe.misfits import covered, misfits
-from splitllm.recipe.quantization import METHODS, SHORT_FORM, for_all_tiers
+from splitllm.recipe.quantization import METHODS, SHORT_FORM, SHORT_FORM_OF_TIER, for_all_tiers
 from splitllm.recipe.roles import find_role
 
 Rule = Literal[
@@ -192,11 +193,25 @@ class TenantRecipe(QuotaRecipe):
     weight: Positive = 1.0
 
 
+class ZeroRecipe(Section):
+    """What servers spread over their processes (by DeepSpeed; arXiv 1910.02054, 2104.07857); null: nothing.
+
+    Stages 1 and 2 spread AdamW's state of what they train, and 2 its gradients. Stage 3 spreads the frozen matrices of
+    their blocks, each of which is whole only while it computes; parts lie on the device, in host memory (`cpu`), or in
+    files below `nvme_path`.
+    """
+
+    stage: Literal[1, 2, 3] | None = None
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: Text | None = None
+
+
 class ServerRecipe(Section):
     """How servers compute what their clients send. `tokens` are positions of a batch, padding included.
 
     With `continuous` what clients have in common steps after the steps of `step_tenants` clients (null: of as many as
-    there are), or after `step_tokens` tokens. So many `processes` of `accelerate launch` are one server.
+    the server has), or after `step_tokens` tokens. So many `processes` of `accelerate launch` are one server.
     """
 
     batching: Literal["none", "synchronous", "continuous"] = "none"
@@ -211,6 +226,8 @@ class ServerRecipe(Section):
     memory_mib: Count | None = None
     quota: QuotaRecipe = Field(default_factory=QuotaRecipe)
     tenants: dict[str, TenantRecipe] = Field(default_factory=dict)
+    zero: ZeroRecipe = Field(default_factory=ZeroRecipe)
+    fsdp: Switch = False
 
 
 class OuterRecipe(Section):
@@ -286,8 +303,8 @@ class QuantizationRecipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _method_alone(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in METHODS:
-            raise PydanticCustomError("allowed", "nf4 or int8, or a mapping such as {method: nf4, double: true}")
+        if not isinstance(value, dict | NoneType | QuantizationRecipe) and value not in METHODS:
+            raise PydanticCustomError("allowed", "{allowed}", {"allowed": SHORT_FORM_OF_TIER})
         return {"method": value} if isinstance(value, str) else value
 
 
