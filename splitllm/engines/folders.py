@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-import weakref
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 from splitllm.errors import RecipeError
@@ -35,7 +35,8 @@ class Folder:
         lock = os.open(self.path / f"{LOCK}-soon", os.O_CREAT | os.O_RDWR)
         fcntl.flock(lock, fcntl.LOCK_EX)
         (self.path / f"{LOCK}-soon").rename(self.path / LOCK)
-        self._removal = weakref.finalize(self, _remove, self.path, lock, os.getpid())
+        # unlike those of weakref, it runs at the end of processes that multiprocessing has started, too
+        self._removal = Finalize(self, _remove, args=(self.path, lock), exitpriority=0)
 
     def remove(self) -> None:
         """With all that is in it."""
@@ -49,10 +50,9 @@ def unwritable(above: str | None) -> list[str]:
     return [f"server.zero.nvme_path: {above} is no folder that can be written to; create it, or name another"]
 
 
-def _remove(path: Path, lock: int, process: int) -> None:
-    if os.getpid() == process:  # a child that was forked has this to do as well
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
+def _remove(path: Path, lock: int) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    os.close(lock)
 
 
 def _sweep(above: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitllm.engines.groups import join_group
+from splitllm.engines.groups import join_group, rank_of
 from splitllm.engines.zero import library
 from splitllm.errors import CheckpointError
 from splitllm.recipe import OptimizerRecipe, ZeroRecipe
@@ -55,9 +55,10 @@ class SpreadAdamW:
         )
         device = self._parameters[0].device
         self._library, ranks = library(zero, device), join_group(device)
-        self._engine, *_ = self._library.initialize(
-            model=nn.ParameterList(self._copies), optimizer=self._client, config=_configuration(zero, ranks)
-        )
+        with rank_of(device):
+            self._engine, *_ = self._library.initialize(
+                model=nn.ParameterList(self._copies), optimizer=self._client, config=_configuration(zero, ranks)
+            )
         self._set_rates(0.0)
         self._step([torch.zeros_like(copy) for copy in self._copies])  # from the first step on there is a state
         self._set_rates(recipe.lr)

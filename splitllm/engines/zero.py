@@ -7,7 +7,6 @@ again; which is whole when is decided here (decision 20). Vectors (norms, biases
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 
 from splitllm.engines.compiled import open_dead_locks
 from splitllm.engines.folders import Folder
-from splitllm.engines.groups import join_group
+from splitllm.engines.groups import environment, join_group, rank_of
 from splitllm.errors import RecipeError
 from splitllm.model.machine import return_at_once
 from splitllm.model.shard import Shard
@@ -54,7 +53,7 @@ class Partitioned:
     """
 
     def __init__(self, zero: ZeroRecipe, largest: int, device: torch.device) -> None:
-        self._deepspeed = library(zero, device)
+        self._deepspeed, self._device = library(zero, device), device
         self._size = join_group(device)
         self._folder = Folder(zero.nvme_path) if zero.offload_param == "nvme" else None
         if self._folder is not None:
@@ -72,7 +71,8 @@ class Partitioned:
         if not matrices:
             return
         if self._first is None:
-            self._deepspeed.zero.Init(module=nn.ParameterList(matrices), config_dict_or_path=self._config)
+            with rank_of(self._device):
+                self._deepspeed.zero.Init(module=nn.ParameterList(matrices), config_dict_or_path=self._config)
             self._first = matrices[0]
         else:
             self._first.convert_to_zero_parameters(param_list=matrices)
@@ -151,10 +151,10 @@ def library(zero: ZeroRecipe, device: torch.device) -> Any:
     Raises:
         RecipeError: it or libaio is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
-        import deepspeed
-        import deepspeed.ops
+        with environment(DS_ACCELERATOR=device.type):
+            import deepspeed
+            import deepspeed.ops
     except ImportError as error:
         raise RecipeError([missing()]) from error
     deepspeed.utils.logger.setLevel(logging.ERROR)  # it writes to standard output
