@@ -26,7 +26,16 @@ from splitllm.model.shard import BUILDING
 from splitllm.preflight import Plan, prepare, refuse_without_room
 from splitllm.ranks.leader import Leader, begin, end
 from splitllm.ranks.peers import Peers
-from splitllm.recipe import Recipe, client_names, fingerprint, goes_by_lanes, lora_of, parent_of, tier_of
+from splitllm.recipe import (
+    Recipe,
+    client_names,
+    fingerprint,
+    goes_by_lanes,
+    lora_of,
+    parent_of,
+    spreads_weights,
+    tier_of,
+)
 from splitllm.roles.assembly import Assembly, Site, coding_of, schedule_of
 from splitllm.roles.device import DeviceThread
 from splitllm.roles.worker import Worker
@@ -148,6 +157,17 @@ class Station:
         """This role's shard with its adapter."""
         return self.assembly(bounds).worker(self.tier, tier_of(self.recipe, self.name)[1])
 
+    def rank_worker(self, peers: Peers, bounds: tuple[int, int] | None) -> Worker:
+        """The same on one of several ranks, which load in step where an engine spreads something over them.
+
+        Raises:
+            RankError: they could not.
+        """
+        try:
+            return self.worker(bounds)
+        except RuntimeError as error:
+            raise peers.failed(error) from error
+
     async def load(self, told: Told | None) -> Worker:
         """The same where it computes, so that this process still hears the user and its peers; on all ranks."""
 
@@ -157,8 +177,9 @@ class Station:
                 if self.peers is None:
                     return self.worker(bounds)
                 begin(self.peers, bounds)
-                worker = self.worker(bounds)
-                worker.ranks = Leader(worker, self.peers, whole=drops(self.recipe, self.plan.config))
+                worker = self.rank_worker(self.peers, bounds)
+                whole = drops(self.recipe, self.plan.config)
+                worker.ranks = Leader(worker, self.peers, whole=whole, in_step=spreads_weights(self.recipe))
                 return worker
 
         return await self.device.run(load)

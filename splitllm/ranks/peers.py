@@ -17,6 +17,7 @@ import torch.distributed as dist
 from splitllm.errors import RankError
 
 PATIENCE = timedelta(days=365)  # a rank waits for the next batch as long as clients do not send one
+AGAIN = "start them again with the same command to go on where the run is"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16)}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.int64, torch.int32, torch.uint8)}
 
@@ -84,8 +85,15 @@ class Peers:
             raise self._gone(of) from error
         return flat
 
+    def failed(self, error: BaseException) -> RankError:
+        """What this rank ends with where the others wait for it in the middle of a computation."""
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return RankError(
+            f"{self._who}: rank {self.rank} of {self.size} could not compute its share ({what}), and all stop; see the "
+            f"logs of the others, and {AGAIN}"
+        )
+
     def _gone(self, rank: int) -> RankError:
         return RankError(
-            f"{self._who}: rank {rank} of {self.size} is gone, and the others stop; see its log, and start them again "
-            "with the same command to go on where the run is"
+            f"{self._who}: rank {rank} of {self.size} is gone, and the others stop; see its log, and {AGAIN}"
         )
