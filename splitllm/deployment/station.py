@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
 
 from splitllm.deployment.above import Told
 from splitllm.deployment.bounds import limits
@@ -19,19 +18,16 @@ from splitllm.deployment.journal import Journal
 from splitllm.deployment.reach import WayUp
 from splitllm.deployment.secure import check_secure
 from splitllm.errors import RankError, RecipeError
-from splitllm.model.families import dropouts
 from splitllm.model.loading import Checkpoint
 from splitllm.model.machine import give_back
 from splitllm.model.shard import BUILDING
-from splitllm.preflight import Plan, prepare, refuse_without_room
+from splitllm.preflight import Plan, drops, prepare, refuse_without_room
 from splitllm.ranks.leader import Leader, begin, end
 from splitllm.ranks.peers import Peers
 from splitllm.recipe import (
     Recipe,
-    client_names,
     fingerprint,
     goes_by_lanes,
-    lora_of,
     parent_of,
     spreads_weights,
     tier_of,
@@ -226,12 +222,6 @@ class Station:
         return address
 
 
-def drops(recipe: Recipe, config: PreTrainedConfig) -> bool:
-    """Whether anything is dropped while training, by the base model or an adapter."""
-    adapters = (lora_of(recipe, client).dropout for client in range(len(client_names(recipe))))
-    return bool(dropouts(config)) or any(adapters)
-
-
 def open_station(recipe: Recipe, options: Options, *, client: int | None) -> Station:
     """Check everything that can be checked at home.
 
@@ -249,7 +239,7 @@ def open_station(recipe: Recipe, options: Options, *, client: int | None) -> Sta
     if recipe.train.processes != 1:
         advice = "of a server in several processes tell server.processes"
         raise RecipeError([f"train.processes: {recipe.train.processes} is for splitllm train; {advice}"])
-    processes = Processes(1 if client is not None else recipe.server.processes, "server.processes")
+    processes = Processes(1, None) if client is not None else Processes(recipe.server.processes, "server.processes")
     wire = recipe.wire
     credentials = load_credentials(Path(wire.certificates), options.name) if wire.certificates is not None else None
     settle_allocator(recipe, options.name)

@@ -181,3 +181,41 @@ def test_accelerate_ends_all_when_a_rank_is_killed(rank: int, tmp_path: Path) ->
             assert all(deployment.running[name].status is None for name in deployment.running)
         finally:
             edge.end()
+
+
+def test_a_server_that_is_asked_to_stop_stops_with_all_its_ranks(tmp_path: Path) -> None:
+    recipe, words = write_recipe(tmp_path), (*WORDS, "train.steps=2000")
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+        edge = Ranked(deployment, "edge")
+        edge.start(2)
+        deployment.start(*(name for name in deployment.names if name != "edge"))
+        deployment.until_step(3)
+        for rank in (1, 0):
+            edge.processes[rank].signal(signal.SIGTERM)
+        deployment.until(lambda: edge.statuses() == [1, 1], "all ranks to end")
+        assert deployment.complaints("edge").startswith("stopped; start it again")
+        assert deployment.complaints("edge-rank-1") == ""
+        assert all(deployment.running[name].status is None for name in deployment.names if name != "edge")
+
+
+def test_a_server_that_is_refused_ends_with_all_its_ranks(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    with deployed(recipe, tmp_path / "run", *WORDS) as deployment:
+        deployment.start("cloud")
+        edge = Ranked(deployment, "edge", "train.steps=9")
+        edge.start(2)
+        deployment.until(lambda: None not in edge.statuses(), "all ranks to end")
+        assert edge.statuses() == [1, 0]
+        assert "has another recipe than cloud" in deployment.complaints("edge")
+        assert deployment.complaints("edge-rank-1") == ""
+
+
+def test_ranks_of_a_server_whose_run_was_complete_end_as_it_does(tmp_path: Path) -> None:
+    recipe, words = write_recipe(tmp_path), (*WORDS, "train.steps=2", "train.eval_every=null")
+    with deployed(recipe, tmp_path / "run", *words) as deployment:
+        deployment.start()
+        assert set(deployment.finish().values()) == {0}, deployment.tails()
+        edge = Ranked(deployment, "edge")
+        edge.start(2)
+        deployment.until(lambda: None not in edge.statuses(), "all ranks to end")
+        assert edge.statuses() == [0, 0], deployment.tails()
