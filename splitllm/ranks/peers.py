@@ -35,6 +35,7 @@ class Peers:
     def __init__(self, who: str) -> None:
         self.rank, self.size, self._who = dist.get_rank(), dist.get_world_size(), who
         self._group, self._sending = dist.new_group(backend="gloo", timeout=PATIENCE), threading.Lock()
+        self._over: RankError | None = None
 
     def send(self, to: int, values: Mapping[str, Any], tensors: Sequence[torch.Tensor] = ()) -> None:
         """Say something to another rank.
@@ -45,8 +46,10 @@ class Peers:
             tensors: of any shape.
 
         Raises:
-            RankError: it is gone.
+            RankError: it is gone, or another is, or this one has failed: nothing is said any more.
         """
+        if self._over is not None:
+            raise self._over
         shapes = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]
         line = json.dumps({"values": values, "tensors": shapes}).encode()
         with self._sending:  # another thread may say something, too
@@ -88,12 +91,11 @@ class Peers:
     def failed(self, error: BaseException) -> RankError:
         """What this rank ends with where the others wait for it in the middle of a computation."""
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        return RankError(
-            f"{self._who}: rank {self.rank} of {self.size} could not compute its share ({what}), and all stop; see the "
-            f"logs of the others, and {AGAIN}"
-        )
+        return self._ends(self.rank, f"could not compute its share ({what}), and all stop; see the logs of the others")
 
     def _gone(self, rank: int) -> RankError:
-        return RankError(
-            f"{self._who}: rank {rank} of {self.size} is gone, and the others stop; see its log, and {AGAIN}"
-        )
+        return self._ends(rank, "is gone, and the others stop; see its log")
+
+    def _ends(self, rank: int, why: str) -> RankError:
+        self._over = RankError(f"{self._who}: rank {rank} of {self.size} {why}, and {AGAIN}")
+        return self._over
