@@ -308,7 +308,7 @@ def _role(
     from splitllm.deployment.leash import wear
 
     wear()
-    with _errors_as_lines():
+    with _errors_as_lines(apart=True):
         from splitllm.recipe import load_recipe, role_in_tier
 
         wanted = load_recipe(recipe, overrides or ())
@@ -336,16 +336,20 @@ def _metrics_address(text: str | None) -> str | None:
 
 
 @contextmanager
-def _errors_as_lines() -> Iterator[None]:
-    """Turns expected errors into lines on stderr and an exit status; a defect keeps its traceback."""
+def _errors_as_lines(*, apart: bool = False) -> Iterator[None]:
+    """Turns expected errors into lines on stderr and an exit status; a defect keeps its traceback.
+
+    Args:
+        apart: whether ranks may be on machines of their own, each with something else that is wrong.
+    """
     try:
         yield
     except RunInterrupted as error:
         _fail(str(error), status=1)
     except KeyboardInterrupt:
         _fail("interrupted", status=1)
-    except RecipeError as error:  # the same on every rank
-        _fail(str(error), status=2)
+    except RecipeError as error:
+        _fail(str(error), status=2, every_rank=apart)
     except SplitLLMError as error:
         _fail(str(error), status=1 if isinstance(error, PeerError | DivergedError | RankError) else 2, every_rank=True)
     except OSError as error:

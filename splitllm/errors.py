@@ -56,7 +56,7 @@ class RejoinError(PeerError):
 
 
 class RankError(SplitLLMError, RuntimeError):
-    """A process of a server that takes several is gone, or could not compute its share: all of them stop."""
+    """A process of a server that takes several is gone, or lost the step of the others: all of them stop."""
 
 
 class DivergedError(SplitLLMError, ArithmeticError):

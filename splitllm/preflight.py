@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ from splitllm.plan import Plan
 from splitllm.recipe import (
     LoraRecipe,
     Recipe,
+    client_names,
+    lora_of,
+    spreads_weights,
     tier_bounds,
 )
 from splitllm.roles.admission import problems as admission_problems
@@ -91,7 +95,7 @@ def prepare(
     layout = problems.attempt(lambda: layout_of(config)) if config is not None else None
     if config is not None and layout is not None:
         problems.lines += _cut_problems(recipe, config)
-        problems.lines += _batching_problems(recipe, config)
+        problems.lines += _batching_problems(recipe, config) + _sharing_problems(recipe, config)
         shapes = problems.attempt(lambda: _admitted(config, recipe))
         if shapes is not None:
             problems.attempt(lambda: _check_tensors(recipe, shapes))
@@ -210,6 +214,25 @@ def _batching_problems(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
     ]
 
 
+def drops(recipe: Recipe, config: PreTrainedConfig) -> bool:
+    """Whether anything is dropped while training, by the base model or an adapter."""
+    adapters = (lora_of(recipe, client).dropout for client in range(len(client_names(recipe))))
+    return bool(dropouts(config)) or any(adapters)
+
+
+def _sharing_problems(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
+    """Micro-batches that stay whole, and are computed one by one, are never shared out."""
+    server = recipe.server
+    spreads = server.fsdp or server.zero.stage is not None
+    if server.processes == 1 or spreads or server.batching != "none" or not drops(recipe, config):
+        return []
+    return [
+        f"server.processes: {server.processes} would share nothing out, as micro-batches of which training drops "
+        "something stay whole, and server.batching: none computes each by itself; set model.dropout: 0 and "
+        "lora.dropout: 0, or model.dropout: 0 and batching: synchronous"
+    ]
+
+
 def _process_problems(recipe: Recipe) -> list[str]:
     counts, processes = list(recipe.split.tiers.values()), recipe.train.processes
     spread = counts[-2] if len(counts) > 1 else counts[0]
@@ -244,10 +267,22 @@ def _library_problems(recipe: Recipe, tier: str | None) -> list[str]:
 def _engine_problems(recipe: Recipe, tier: str | None) -> list[str]:
     """Whether what holds a server's frozen weights is there, on a machine of one: library, and folder for files."""
     zero, (first, *_) = recipe.server.zero, recipe.split.tiers
-    if zero.stage is None or tier == first:
+    if tier == first:
         return []
-    found = [] if find_spec("deepspeed") is not None else [missing()]
+    found = _launch_problems(recipe)
+    if zero.stage is None:
+        return found
+    found += [] if find_spec("deepspeed") is not None else [missing()]
     return [*found, *unwritable(zero.nvme_path)] if zero.offload_param == "nvme" and tier is not None else found
+
+
+def _launch_problems(recipe: Recipe) -> list[str]:
+    """What the recipe alone would be refused for, and accelerate is told instead."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if not spreads_weights(recipe) or recipe.train.mixed_precision is not None or launched == "no":
+        return []
+    why = f"accelerate was launched with {launched}, with which server.fsdp and server.zero.stage: 3 save nothing"
+    return [f"train.mixed_precision: {why}; set train.mixed_precision: no, and model.dtype: bfloat16 if wanted"]
 
 
 def _vocabulary_problems(tokenizer: Any, config: PreTrainedConfig, recipe: Recipe) -> list[str]:

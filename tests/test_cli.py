@@ -177,6 +177,18 @@ def test_other_ranks_speak_only_of_their_own_trouble(
     assert (done.exit_code, done.stderr) == (status, message)
 
 
+def test_other_ranks_of_a_server_speak_of_machines_of_their_own(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RecipeError(["server.zero.nvme_path: /x is no folder"])
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys.modules["splitllm.deployment.run"], "run_role", fail)
+    done = run("edge", str(ROOT / "recipes" / "deployment.yaml"), "--output-dir", "o")
+    assert (done.exit_code, done.stderr) == (2, "rank 1: server.zero.nvme_path: /x is no folder\n")
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -49,9 +49,18 @@ def serve(recipe: Recipe, options: Options) -> None:
     """
     station = open_station(recipe, options, client=None)
     if station.peers is None or station.peers.rank == LEADER:
-        asyncio.run(_serve(station))
+        asyncio.run(_lead(station))
     else:
         follow(station)
+
+
+async def _lead(station: Station) -> None:
+    """Serve; however that ends, the other ranks end with it."""
+    try:
+        await _serve(station)
+    finally:
+        await station.let_go()
+    logger.info("complete")
 
 
 async def _serve(station: Station) -> None:
@@ -92,8 +101,6 @@ async def _serve(station: Station) -> None:
         if uplink is not None:
             await uplink.close(goodbye=door.finished.is_set() and not finished)
         stop_metrics()
-        await station.let_go()
-    logger.info("complete")
 
 
 async def _until_complete(door: Door, trouble: asyncio.Future[None], uplink: RemoteLink | None, stop: Stop) -> None:

@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
 
 from splitllm.deployment.above import Told
 from splitllm.deployment.bounds import limits
@@ -19,15 +18,21 @@ from splitllm.deployment.journal import Journal
 from splitllm.deployment.reach import WayUp
 from splitllm.deployment.secure import check_secure
 from splitllm.errors import RankError, RecipeError
-from splitllm.model.families import dropouts
 from splitllm.model.loading import Checkpoint
 from splitllm.model.machine import give_back
 from splitllm.model.shard import BUILDING
 from splitllm.plan import Plan, refuse_without_room
-from splitllm.preflight import prepare
+from splitllm.preflight import drops, prepare
 from splitllm.ranks.leader import Leader, begin, end
 from splitllm.ranks.peers import Peers
-from splitllm.recipe import Recipe, client_names, fingerprint, goes_by_lanes, lora_of, parent_of, tier_of
+from splitllm.recipe import (
+    Recipe,
+    fingerprint,
+    goes_by_lanes,
+    parent_of,
+    spreads_weights,
+    tier_of,
+)
 from splitllm.roles.assembly import Assembly, Site, coding_of, schedule_of
 from splitllm.roles.device import DeviceThread
 from splitllm.roles.worker import Worker
@@ -149,6 +154,17 @@ class Station:
         """This role's shard with its adapter."""
         return self.assembly(bounds).worker(self.tier, tier_of(self.recipe, self.name)[1])
 
+    def rank_worker(self, peers: Peers, bounds: tuple[int, int] | None) -> Worker:
+        """The same on one of several ranks, which load in step where an engine spreads something over them.
+
+        Raises:
+            RankError: they could not.
+        """
+        try:
+            return self.worker(bounds)
+        except RuntimeError as error:
+            raise peers.failed(error) from error
+
     async def load(self, told: Told | None) -> Worker:
         """The same where it computes, so that this process still hears the user and its peers; on all ranks."""
 
@@ -158,8 +174,9 @@ class Station:
                 if self.peers is None:
                     return self.worker(bounds)
                 begin(self.peers, bounds)
-                worker = self.worker(bounds)
-                worker.ranks = Leader(worker, self.peers, whole=drops(self.recipe, self.plan.config))
+                worker = self.rank_worker(self.peers, bounds)
+                whole = drops(self.recipe, self.plan.config)
+                worker.ranks = Leader(worker, self.peers, whole=whole, in_step=spreads_weights(self.recipe))
                 return worker
 
         return await self.device.run(load)
@@ -206,12 +223,6 @@ class Station:
         return address
 
 
-def drops(recipe: Recipe, config: PreTrainedConfig) -> bool:
-    """Whether anything is dropped while training, by the base model or an adapter."""
-    adapters = (lora_of(recipe, client).dropout for client in range(len(client_names(recipe))))
-    return bool(dropouts(config)) or any(adapters)
-
-
 def open_station(recipe: Recipe, options: Options, *, client: int | None) -> Station:
     """Check everything that can be checked at home.
 
@@ -229,7 +240,7 @@ def open_station(recipe: Recipe, options: Options, *, client: int | None) -> Sta
     if recipe.train.processes != 1:
         advice = "of a server in several processes tell server.processes"
         raise RecipeError([f"train.processes: {recipe.train.processes} is for splitllm train; {advice}"])
-    processes = Processes(1 if client is not None else recipe.server.processes, "server.processes")
+    processes = Processes(1, None) if client is not None else Processes(recipe.server.processes, "server.processes")
     wire = recipe.wire
     credentials = load_credentials(Path(wire.certificates), options.name) if wire.certificates is not None else None
     settle_allocator(recipe, options.name)

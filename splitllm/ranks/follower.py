@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,10 +39,11 @@ class Follower:
     Args:
         worker: like that of rank 0.
         peers: all ranks.
+        in_step: whether weights are spread over the ranks, so that one that fails has lost the others' step.
     """
 
-    def __init__(self, worker: Worker, peers: Peers) -> None:
-        self._worker, self._peers = worker, peers
+    def __init__(self, worker: Worker, peers: Peers, *, in_step: bool = False) -> None:
+        self._worker, self._peers, self._in_step = worker, peers, in_step
         for trainable in worker.lent.values():  # copies of one tensor, which each gets its own values here
             for parameter in trainable.parameters.values():
                 parameter.data = parameter.data.clone()
@@ -54,21 +56,29 @@ class Follower:
         """Until rank 0 says that it is the end.
 
         Raises:
-            RankError: rank 0 is gone.
+            RankError: rank 0 is gone, or this one could not do what all do together.
         """
         while True:
             values, tensors = self._peers.receive(LEADER)
             if values["order"] == "end":
                 return
             if values["order"] == "optimize":
-                self._optimizers[values["key"]].follow(values["action"], values["number"], tensors)
+                self._optimize(values, tensors)
                 continue
             try:
                 answer = self._orders[values["order"]](values, tensors)
             except (RuntimeError, ValueError) as error:
+                if self._in_step:
+                    raise self._peers.failed(error) from error
                 self._peers.send(LEADER, {"error": " ".join(f"{type(error).__name__}: {error}".split())})
             else:
                 self._peers.send(LEADER, {"error": None}, answer)
+
+    def _optimize(self, values: Mapping[str, Any], tensors: list[torch.Tensor]) -> None:
+        try:
+            self._optimizers[values["key"]].follow(values["action"], values["number"], tensors)
+        except RuntimeError as error:
+            raise self._peers.failed(error) from error
 
     def _forward(self, values: Mapping[str, Any], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         coming = iter(tensors)
@@ -90,12 +100,13 @@ class Follower:
         nothing = [torch.zeros_like(output) for output in held.outputs[: held.extra]]
         gradients = [*nothing, *(tensor.to(self._worker.device) for tensor in tensors)]
         self._worker.shard.key.begin(Joined(tuple(ask.rows for ask in held.asks)))
-        go_backward(held.outputs, gradients)
-        own = held.asks[held.extra :]
-        inputs = [ask.inputs.grad for ask in own if ask.input_gradient]
-        clients = {ask.rows.micro_batch.client for ask in own}
-        found = [adapters.gradients(self._adapters[key]) for key in adapters.used(self._adapters, clients)]
-        for parameters in self._adapters.values():
-            for parameter in parameters:
+        try:
+            go_backward(held.outputs, gradients)
+            own = held.asks[held.extra :]
+            inputs = [ask.inputs.grad for ask in own if ask.input_gradient]
+            clients = {ask.rows.micro_batch.client for ask in own}
+            found = [adapters.gradients(self._adapters[key]) for key in adapters.used(self._adapters, clients)]
+        finally:  # also what half a backward has left
+            for parameter in itertools.chain.from_iterable(self._adapters.values()):
                 parameter.grad = None
         return [*(each for each in inputs if each is not None), *found]

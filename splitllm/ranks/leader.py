@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ from splitllm.ranks.peers import Peers
 from splitllm.ranks.pieces import companion, described, go_backward, piece, put_together, tensors_of, tokens
 from splitllm.ranks.shares import Part, share_out
 from splitllm.roles.worker import Ask, Worker
+
+T = TypeVar("T")
 
 
 def begin(peers: Peers, shard: tuple[int, int] | None) -> None:
@@ -75,11 +77,12 @@ class Leader:
     Args:
         worker: of this rank.
         peers: all ranks.
-        whole: micro-batches are not cut, since dropout is drawn for all rows of one.
+        whole: micro-batches that train are not cut, since dropout is drawn for all rows of one.
+        in_step: whether weights are spread over the ranks, so that one that fails has lost the others' step.
     """
 
-    def __init__(self, worker: Worker, peers: Peers, *, whole: bool) -> None:
-        self._worker, self._peers, self._whole = worker, peers, whole
+    def __init__(self, worker: Worker, peers: Peers, *, whole: bool, in_step: bool = False) -> None:
+        self._worker, self._peers, self._whole, self._in_step = worker, peers, whole, in_step
         self._others = range(1, peers.size)
         self._adapters = adapters.by_key(worker)
         self._sent: dict[str, torch.Tensor] = {}
@@ -97,17 +100,20 @@ class Leader:
             graph: whether a backward will follow; then the outputs lead back to the leaves.
 
         Raises:
-            RankError: a rank is gone, or could not compute its share.
+            RankError: a rank is gone, or could not compute what all compute in step.
+            RuntimeError: a rank could not compute its share.
         """
-        shares = share_out([ask.rows.lengths for ask in asks], self._peers.size, whole=self._whole)
+        whole_ones = self._whole and asks[0].train
+        shares = share_out([ask.rows.lengths for ask in asks], self._peers.size, whole=whole_ones)
         number = next(self._numbers)
         self._order_forward(number, asks, shares, graph=graph)
         own = [piece(asks[part.ask], part, leaves[part.ask].detach()) for part in shares[0]]
         inputs = [each.inputs.requires_grad_(graph) for each in own]
         try:
-            outputs = self._worker.through(own, inputs, graph=graph)
-        finally:
-            heard = [self._answer(rank) for rank in self._others]
+            outputs, heard = self._together(lambda: self._worker.through(own, inputs, graph=graph))
+        except BaseException:
+            self._forgotten.append(number)  # whoever has computed its share holds a graph
+            raise
         here = [output.detach() for output in outputs]
         whole = put_together(asks, self._by_part(shares, [here, *heard]))
         if not graph:
@@ -120,16 +126,15 @@ class Leader:
         """Go backward on all ranks; the gradient [T, D] of each input that wants one.
 
         Raises:
-            RankError: a rank is gone, or could not compute its share.
+            RankError: a rank is gone, or could not compute what all compute in step.
+            RuntimeError: a rank could not compute its share.
         """
         parts = [[gradients[p.ask][tokens(run.asks[p.ask], p)] for p in share] for share in run.shares]
         for rank in self._others:
             self._peers.send(rank, {"order": "backward", "run": run.number}, parts[rank])
-        try:
-            self._worker.shard.key.begin(Joined(tuple(each.rows for each in run.own)))
-            go_backward(run.outputs, parts[0])
-        finally:
-            heard = [iter(self._answer(rank)) for rank in self._others]
+        self._worker.shard.key.begin(Joined(tuple(each.rows for each in run.own)))
+        _, answers = self._together(lambda: go_backward(run.outputs, parts[0]))
+        heard = list(map(iter, answers))
         found = [[each.inputs.grad for each in run.own if each.input_gradient]]
         wanted = [[part for part in share if run.asks[part.ask].input_gradient] for share in run.shares]
         found += [list(itertools.islice(told, len(parts))) for told, parts in zip(heard, wanted[1:], strict=True)]
@@ -160,11 +165,28 @@ class Leader:
         self._sent |= changed
         return changed
 
-    def _answer(self, rank: int) -> list[torch.Tensor]:
-        values, tensors = self._peers.receive(rank)
-        if values["error"] is not None:
-            raise RuntimeError(f"rank {rank}: {values['error']}")
-        return tensors
+    def _together(self, share: Callable[[], T]) -> tuple[T, list[list[torch.Tensor]]]:
+        """What this rank computes, and what each of the others does.
+
+        All are heard before anything is raised: else the next order would be answered by what is left of this one.
+        """
+        try:
+            mine = share()
+        except BaseException as error:
+            if self._in_step:  # the others wait for this rank, and end when it does
+                raise self._peers.failed(error) from error
+            self._hear()
+            raise
+        heard = self._hear()
+        for rank, (problem, _) in zip(self._others, heard, strict=True):
+            if problem is not None:
+                raise RuntimeError(f"rank {rank}: {problem}")
+        return mine, [tensors for _, tensors in heard]
+
+    def _hear(self) -> list[tuple[str | None, list[torch.Tensor]]]:
+        """Of each of the others what went wrong, if anything did, and what it has computed."""
+        answers = [self._peers.receive(rank) for rank in self._others]
+        return [(values["error"], tensors) for values, tensors in answers]
 
     def _add_gradients(self, told: Iterator[torch.Tensor], clients: set[int]) -> None:
         for key in adapters.used(self._adapters, clients):

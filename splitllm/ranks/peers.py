@@ -17,6 +17,7 @@ import torch.distributed as dist
 from splitllm.errors import RankError
 
 PATIENCE = timedelta(days=365)  # a rank waits for the next batch as long as clients do not send one
+AGAIN = "start them again with the same command to go on where the run is"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16)}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.int64, torch.int32, torch.uint8)}
 
@@ -34,6 +35,7 @@ class Peers:
     def __init__(self, who: str) -> None:
         self.rank, self.size, self._who = dist.get_rank(), dist.get_world_size(), who
         self._group, self._sending = dist.new_group(backend="gloo", timeout=PATIENCE), threading.Lock()
+        self._over: RankError | None = None
 
     def send(self, to: int, values: Mapping[str, Any], tensors: Sequence[torch.Tensor] = ()) -> None:
         """Say something to another rank.
@@ -44,8 +46,10 @@ class Peers:
             tensors: of any shape.
 
         Raises:
-            RankError: it is gone.
+            RankError: it is gone, or another is, or this one has failed: nothing is said any more.
         """
+        if self._over is not None:
+            raise self._over
         shapes = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]
         line = json.dumps({"values": values, "tensors": shapes}).encode()
         with self._sending:  # another thread may say something, too
@@ -84,8 +88,14 @@ class Peers:
             raise self._gone(of) from error
         return flat
 
+    def failed(self, error: BaseException) -> RankError:
+        """What this rank ends with where the others wait for it in the middle of a computation."""
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return self._ends(self.rank, f"could not compute its share ({what}), and all stop; see the logs of the others")
+
     def _gone(self, rank: int) -> RankError:
-        return RankError(
-            f"{self._who}: rank {rank} of {self.size} is gone, and the others stop; see its log, and start them again "
-            "with the same command to go on where the run is"
-        )
+        return self._ends(rank, "is gone, and the others stop; see its log")
+
+    def _ends(self, rank: int, why: str) -> RankError:
+        self._over = RankError(f"{self._who}: rank {rank} of {self.size} {why}, and {AGAIN}")
+        return self._over

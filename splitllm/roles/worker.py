@@ -177,7 +177,11 @@ class Worker:
         if not targets[0].requires_grad:
             return [None] * len(runs)
         self.shard.key.begin(runs[0].joined)
-        torch.autograd.backward(targets, [gradient.to(self.device) for gradient in gradients])
+        try:
+            torch.autograd.backward(targets, [gradient.to(self.device) for gradient in gradients])
+        except BaseException:
+            self._forget(runs)  # what half a backward has left would count with the next
+            raise
         self._collect(runs[0].joined, [run.micro_batch for run in runs])
         return [None if run.input_TD is None else run.input_TD.grad for run in runs]
 
@@ -187,8 +191,7 @@ class Worker:
         if targets:
             self.shard.key.begin(runs[0].joined)
             torch.autograd.backward(targets, [torch.zeros_like(target) for target in targets])
-        for trainable in (self.trainable, *(each for run in runs for each in self._of(run.micro_batch.client))):
-            trainable.forget()
+        self._forget(runs)
 
     def expect(self, micro_batches: Sequence[MicroBatchId]) -> None:
         """Open a step: these micro-batches will come."""
@@ -285,6 +288,11 @@ class Worker:
                     trainable.collect(of_client)
                 else:
                     trainable.forget()
+
+    def _forget(self, runs: Sequence[Pass]) -> None:
+        clients = {member.micro_batch.client for run in runs for member in run.joined.members}
+        for trainable in (self.trainable, *(each for client in clients for each in self._of(client))):
+            trainable.forget()
 
     def _mode(self, train: bool) -> None:
         if self.shard.training != train:

@@ -94,14 +94,16 @@ class Processes:
 
     Attributes:
         count: of them.
-        key: of the recipe, which says so.
+        key: of the recipe, which says so; None: it is one whatever the recipe says.
     """
 
     count: int
-    key: str
+    key: str | None
 
     def mismatch(self, started: int) -> str:
         """What to do where another number was started."""
+        if self.key is None:
+            return f"a client is one process, but {started} run; start it by itself, without accelerate launch"
         if started < self.count:
             how = (
                 f"start {self.count}: accelerate launch --multi_gpu --num_processes {self.count}, on CPUs with "

@@ -91,3 +91,25 @@ def test_activations_are_those_of_the_largest_micro_batch_and_fewer_when_recompu
     one, two, still, *recomputed = sizes
     assert one < two == still < 2.2 * one
     assert max(recomputed) < two / 2
+
+
+def test_what_half_a_backward_left_does_not_count_with_the_next() -> None:
+    found = []
+    for fails in (False, True):
+        worker = worker_of()
+        ask = Ask(Rows(FIRST, LENGTHS), hidden_TD(), input_gradient=True)
+        lowest = next(p for name, p in worker.trainable.parameters.items() if ".2.self_attn.q" in name)
+        hook = lowest.register_hook(_no_memory)
+        if fails:
+            run = worker.forward([ask])[0]
+            with pytest.raises(RuntimeError, match="no memory"):
+                worker.backward([run], [torch.ones_like(run.output_TD)])
+        hook.remove()
+        run = worker.forward([ask])[0]
+        worker.backward([run], [torch.ones_like(run.output_TD)])
+        found.append(worker.trainable.gradients())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def _no_memory(_gradient: torch.Tensor) -> None:
+    raise RuntimeError("no memory")
