@@ -50,11 +50,17 @@ class Mode:
         edge: blocks of the edge; the client and the cloud have one each. 0: there is no edge.
         overrides: of the recipe.
         environment: of all its processes.
+        at_edge: overrides of the edge alone; `{folder}` is one for its files.
+        processes: of the edge, under `accelerate launch`.
+        rows: of a micro-batch.
     """
 
     edge: int
     overrides: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    at_edge: tuple[str, ...] = ()
+    processes: int = 1
+    rows: int = 1
 
 
 MODES = {
@@ -62,12 +68,16 @@ MODES = {
     "client without a limit": Mode(0),
     "plain": Mode(18),
     "activation checkpointing": Mode(18, ("train.activation_checkpointing=true",)),
+    "nf4": Mode(18, ("quantization={edge: nf4}",)),
+    "int8": Mode(18, ("quantization={edge: int8}",)),
+    "two rows": Mode(18, rows=2),
+    "two rows, two processes": Mode(18, processes=2, rows=2),
 }
 """A mode is a row of the table; the first two are about the client."""
 
 
 def recipe_of(mode: Mode, base: Path, rows: Path, address: dict[str, int]) -> str:
-    """One client with one row of 128 tokens a micro-batch, LoRA of rank 8 on every linear layer."""
+    """One client with rows of 128 tokens, LoRA of rank 8 on every linear layer."""
     tiers, cuts = (
         ("{client: 1, edge: 1, cloud: 1}", [1, 1 + mode.edge]) if mode.edge else ("{client: 1, cloud: 1}", [1])
     )
@@ -77,7 +87,7 @@ model: {{base: {base}, tokenizer: {ROOT / "recipes/quickstart-base"}, dtype: bfl
 split: {{tiers: {tiers}, cuts: {cuts}, labels: cloud}}
 lora: {{rank: 8, alpha: 16, targets: all-linear}}
 data: {{source: {rows}, format: text, max_length: {LENGTH}, eval_fraction: 0.1}}
-train: {{steps: 4, batch_size: 1, threads: 1, schedule: {{name: constant}}}}
+train: {{steps: 4, batch_size: {mode.rows}, threads: 1, schedule: {{name: constant}}}}
 wire: {{addresses: {{{places}}}}}
 """
 
@@ -94,8 +104,11 @@ def run(mode: Mode, folder: Path) -> dict[str, dict[str, float]]:
     recipe.write_text(recipe_of(mode, base, rows, {name: _free_port() for name in servers}), encoding="utf-8")
     processes = {}
     for name in [*servers, "client"]:
-        words = [name, str(recipe), *mode.overrides, "--output-dir", str(folder / name)]
-        processes[name] = _start(words, folder / f"{name}.log", mode.environment)
+        count = mode.processes if name == "edge" else 1
+        own = [word.format(folder=folder / "files") for word in mode.at_edge] if name == "edge" else []
+        words = [name, str(recipe), *mode.overrides, *own, f"server.processes={count}"]
+        words += ["--output-dir", str(folder / name)]
+        processes[name] = _start(words, folder / f"{name}.log", mode.environment, count)
     try:
         peaks = _watched(processes)
     finally:
@@ -105,8 +118,8 @@ def run(mode: Mode, folder: Path) -> dict[str, dict[str, float]]:
     if failed:
         raise SystemExit("\n".join((folder / f"{name}.log").read_text()[-3000:] for name in failed))
     figures = {name: {**peak, **_said(folder / f"{name}.log")} for name, peak in peaks.items()}
-    for name in processes:
-        shutil.rmtree(folder / name)
+    for name in [*processes, "files"]:
+        shutil.rmtree(folder / name, ignore_errors=True)
     return figures
 
 
@@ -115,12 +128,13 @@ def _texts(count: int) -> list[str]:
     return [" ".join(f"word{number * 1000 + place}" for place in range(LENGTH)) for number in range(count)]
 
 
-def _start(words: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(words: Sequence[str], log: Path, environment: dict[str, str], count: int) -> subprocess.Popen[bytes]:
     shared = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
+    launch = [*launch, "--main_process_port", str(_free_port())] if count > 1 else []
+    command = [sys.executable, *launch, "-m", "splitllm", *words]
     with log.open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "splitllm", *words], stdout=file, stderr=subprocess.STDOUT, env=shared
-        )
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=shared)
 
 
 def _watched(processes: dict[str, subprocess.Popen[bytes]]) -> dict[str, dict[str, float]]:
@@ -128,20 +142,28 @@ def _watched(processes: dict[str, subprocess.Popen[bytes]]) -> dict[str, dict[st
     peaks: dict[str, dict[str, float]] = {name: {} for name in processes}
     while any(process.poll() is None for process in processes.values()):
         for name, process in processes.items():
-            peaks[name].update(_resident(process.pid))
+            for pid in (process.pid, *_children(process.pid)):  # of a launcher the largest rank
+                peaks[name]["measured"] = max(peaks[name].get("measured", 0), _resident(pid))
             if process.poll():
                 return peaks
         time.sleep(0.05)
     return peaks
 
 
-def _resident(pid: int) -> dict[str, float]:
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _resident(pid: int) -> int:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return {}
+        return 0
     found = re.search(r"VmHWM:\s+(\d+)", status)  # a zombie has none
-    return {"measured": int(found[1]) * 1024} if found else {}
+    return int(found[1]) * 1024 if found else 0
 
 
 def _said(log: Path) -> dict[str, float]:

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from splitllm.data import Corpus, load_corpus
 from splitllm.data.sources import read_sources
+from splitllm.engines.folders import unwritable
+from splitllm.engines.zero import missing
 from splitllm.errors import CheckpointError, RecipeError, SplitLLMError
 from splitllm.model.export import load_adapter, tensor_shapes
 from splitllm.model.families import dropouts, layout_of, set_dropouts
@@ -98,7 +100,7 @@ def prepare(
             problems.attempt(lambda: _start_fits(recipe, config, shapes))
     problems.lines += _process_problems(recipe)
     problems.lines += _privacy_problems(recipe) if client is None else []
-    problems.lines += _library_problems(recipe, tier)
+    problems.lines += _library_problems(recipe, tier) + _engine_problems(recipe, tier)
     lost = config is None and recipe.model.tokenizer is None  # that the base cannot be read was said already
     tokenizer = None if lost or not data else problems.attempt(lambda: load_tokenizer(recipe))
     if tokenizer is not None and config is not None and layout is not None:
@@ -237,6 +239,15 @@ def _library_problems(recipe: Recipe, tier: str | None) -> list[str]:
     method = recipe.quantization[here[0]].method
     advice = "install it here: pip install 'splitllm[bnb]', or leave this tier out"
     return [f"quantization.{here[0]}: {method} needs the package bitsandbytes; {advice}"]
+
+
+def _engine_problems(recipe: Recipe, tier: str | None) -> list[str]:
+    """Whether what holds a server's frozen weights is there, on a machine of one: library, and folder for files."""
+    zero, (first, *_) = recipe.server.zero, recipe.split.tiers
+    if zero.stage is None or tier == first:
+        return []
+    found = [] if find_spec("deepspeed") is not None else [missing()]
+    return [*found, *unwritable(zero.nvme_path)] if zero.offload_param == "nvme" and tier is not None else found
 
 
 def _vocabulary_problems(tokenizer: Any, config: PreTrainedConfig, recipe: Recipe) -> list[str]:

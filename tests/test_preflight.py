@@ -118,6 +118,27 @@ def test_without_bitsandbytes_only_machines_that_need_it_are_refused(
         prepare(wanted, data=False, tier="cloud")
 
 
+def test_without_deepspeed_only_servers_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    wanted = load_recipe(folder / "recipe.yaml", ["server.zero.stage=3"])
+    for tier in (None, "edge"):
+        with pytest.raises(RecipeError) as refused:
+            prepare(wanted, tier=tier)
+        line = "server.zero: DeepSpeed is not installed; install it with: pip install 'splitllm[deepspeed]'"
+        assert str(refused.value) == line
+    assert prepare(wanted, tier="client").modules
+
+
+def test_the_folder_for_weights_in_files_has_to_be_on_servers(folder: Path) -> None:
+    nowhere = folder / "nowhere"
+    wanted = load_recipe(
+        folder / "recipe.yaml", [f"server.zero={{stage: 3, offload_param: nvme, nvme_path: {nowhere}}}"]
+    )
+    with pytest.raises(RecipeError, match=r"server\.zero\.nvme_path: .*/nowhere is no folder that can be written to"):
+        prepare(wanted, tier="edge")
+    assert prepare(wanted, tier="client").modules
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

@@ -27,6 +27,8 @@ OPTIMIZER_BYTES: dict[str, Callable[[int, int], int]] = {
     "sgd": lambda held, tensors: 0,
 }
 """Optimiser -> its state from the first step on, given the adapter's bytes and its number of tensors."""
+SPREAD = 2
+"""Copies of an adapter that DeepSpeed steps: all of it, and in one process a part that is all of it as well."""
 CROSSING = 4  # hidden states in and out, and the gradient of each
 
 
@@ -133,7 +135,7 @@ def tenant_holding(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[s
     entry, stop = _entry(recipe, layers, server, client), role_bounds(recipe, layers)[server][1]
     mine = [name for name in modules if block_of(config, name) in own]
     copied = [name for name in modules if block_of(config, name) in alone and name not in mine]
-    trained = _trained(recipe, lora, config, mine, entry, stop)
+    trained = _on_server(recipe, _trained(recipe, lora, config, mine, entry, stop))
     copy = adapter_bytes(config, recipe.lora, copied, entry, stop, dtype_of(recipe))
     return replace(trained, adapter=trained.adapter + copy, gradients=trained.gradients + copy)
 
@@ -146,7 +148,7 @@ def role_holding(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str
     if tier == 0:
         return replace(_trained(recipe, lora_of(recipe, index), config, modules, start, stop), weights=weights)
     shared = [module for module in modules if block_of(config, module) not in own_blocks(recipe, layers)]
-    trained = _trained(recipe, recipe.lora, config, shared, start, stop)
+    trained = _on_server(recipe, _trained(recipe, recipe.lora, config, shared, start, stop))
     published = tenant_blocks(recipe, layers) != own_blocks(recipe, layers)
     return replace(trained, weights=weights, adapter=(1 + published) * trained.adapter)
 
@@ -226,6 +228,18 @@ def shard_bytes(config: PreTrainedConfig, start: int, stop: int, head: bool, dty
     return sum(math.prod(shape) for name, shape in shapes.items() if held(name)) * dtype.itemsize
 
 
+def largest_matrix(config: PreTrainedConfig, start: int, stop: int) -> int:
+    """Numbers of the largest matrix in blocks `start` to `stop - 1`; 0 without blocks."""
+    return max(map(math.prod, block_matrices(config, start, stop)), default=0)
+
+
+def block_matrices(config: PreTrainedConfig, start: int, stop: int) -> list[torch.Size]:
+    """The shapes of all matrices in blocks `start` to `stop - 1`."""
+    layout, shapes = layout_of(config), _weight_shapes(config)
+    inside = {name: shape for name, shape in shapes.items() if name.startswith(f"{layout.base}.{layout.blocks}.")}
+    return [shape for name, shape in inside.items() if len(shape) > 1 and start <= block_of(config, name) < stop]
+
+
 def adapter_bytes(
     config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str], start: int, stop: int, dtype: torch.dtype
 ) -> int:
@@ -250,6 +264,12 @@ def _trained(
     tensors = len(_shapes(config, lora, modules, start, stop))
     optimizer = OPTIMIZER_BYTES[recipe.train.optimizer.name](adapter, tensors)
     return Price(adapter=adapter, gradients=adapter, optimizer=optimizer)
+
+
+def _on_server(recipe: Recipe, trained: Price) -> Price:
+    """With what a spread optimiser holds beside its state."""
+    copies = SPREAD if recipe.server.zero.stage in (1, 2) else 0
+    return replace(trained, optimizer=trained.optimizer + copies * trained.adapter)
 
 
 def _shapes(

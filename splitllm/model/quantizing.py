@@ -59,8 +59,8 @@ def widths(module: nn.Module) -> tuple[int, int]:
     """Width in and width out of a linear layer; GPT-2's Conv1D is stored transposed."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    wide, narrow = module.get_parameter("weight").shape
-    return wide, narrow
+    assert isinstance(module, Conv1D)
+    return module.nx, module.nf
 
 
 def quantized(rows: Iterable[torch.Tensor], shape: tuple[int, int], how: QuantizationRecipe) -> Held:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -190,8 +190,9 @@ class Shard(nn.Module):
         attention: str | None = None,
         seed: int = 0,
         quantization: QuantizationRecipe | None = None,
+        take: Callable[[nn.Module], None] | None = None,
     ) -> Shard:
-        """As `from_pretrained`, for a family that has been admitted already."""
+        """As `from_pretrained`, for a family that has been admitted already; `take` gets each block once it is read."""
         config, layout = checkpoint.config, layout_of(checkpoint.config)
         blocks = config.num_hidden_layers
         stop = blocks if stop is None else stop
@@ -208,7 +209,7 @@ class Shard(nn.Module):
         _hollow(whole, layout, start, stop)
         if quantization is not None:
             quantize_blocks(whole, f"{layout.base}.{layout.blocks}.", checkpoint, quantization)
-        _load(whole, checkpoint, dtype)
+        _load(whole, layout, checkpoint, dtype, take)
         if top is not None:
             top.load(checkpoint, f"{layout.base}.{layout.norm}", embedding_name, dtype)
             if embeddings is not None and config.tie_word_embeddings:
@@ -279,6 +280,11 @@ class Shard(nn.Module):
         ends = self.head is not None and self.stop == self.model.config.num_hidden_layers
         return self.head.logits(out_BSD) if ends and self.head is not None else out_BSD
 
+    def own_blocks(self) -> list[nn.Module]:
+        """The blocks that it holds, bottom up."""
+        blocks = getattr(getattr(self.model, self.layout.base), self.layout.blocks)
+        return [blocks[layer] for layer in range(self.start, self.stop)]
+
     def replica(self) -> Shard:
         """Another role's copy: its own adapter, the same frozen tensors in memory."""
         frozen = {id(p): p for p in self.parameters() if not p.requires_grad}
@@ -342,9 +348,24 @@ def _hollow(model: PreTrainedModel, layout: Layout, start: int, stop: int) -> No
         setattr(base, layout.positions, NoPositions())
 
 
-def _load(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Read every tensor that is still on the meta device."""
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters() if p.is_meta}
-    checkpoint.require(wanted)
-    state = {name: checkpoint.read(name, shape, dtype) for name, shape in wanted.items()}
-    model.load_state_dict(state, strict=False, assign=True)
+def _load(
+    model: PreTrainedModel,
+    layout: Layout,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    take: Callable[[nn.Module], None] | None,
+) -> None:
+    """Read every tensor that is still on the meta device, block by block where these are taken one by one."""
+    checkpoint.require({name: tuple(p.shape) for name, p in model.named_parameters() if p.is_meta})
+    if take is not None:
+        for block in getattr(getattr(model, layout.base), layout.blocks):
+            prefix = next(name for name, module in model.named_modules() if module is block)
+            _read_into(block, f"{prefix}.", checkpoint, dtype)
+            take(block)
+    _read_into(model, "", checkpoint, dtype)
+
+
+def _read_into(module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    wanted = {name: tuple(p.shape) for name, p in module.named_parameters() if p.is_meta}
+    state = {name: checkpoint.read(prefix + name, shape, dtype) for name, shape in wanted.items()}
+    module.load_state_dict(state, strict=False, assign=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from splitllm.model.randomness import MicroBatchId
 from splitllm.recipe import OptimizerRecipe
 
 Tensors = dict[str, torch.Tensor]
+Build = Callable[[list[nn.Parameter], OptimizerRecipe], Any]
+"""Makes an optimiser: one of torch's, or what has its `param_groups`, `state`, `step`, `zero_grad`, and `nbytes`."""
 ADAPTER_SLOT, ANCHOR_SLOT = "adapter", "anchor"
 NORM_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
@@ -54,6 +57,7 @@ class Trainable:
         optimizer: the recipe's.
         prox: how hard a step is pulled back to where the parameters were after the last round (FedProx, mu).
         anchored: whether it remembers where they were, even without that.
+        build: makes the optimiser; by default torch's of the recipe's name.
 
     Attributes:
         parameters: name in the adapter file -> parameter.
@@ -66,6 +70,7 @@ class Trainable:
         prox: float = 0.0,
         *,
         anchored: bool = False,
+        build: Build | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.base_rate = optimizer.lr
@@ -73,7 +78,13 @@ class Trainable:
         for name in self.parameters:
             self._anchor_here(name)
         self._sum: OrderedSum | None = None
-        self._optimizer = _OPTIMIZERS[optimizer.name](list(self.parameters.values()), optimizer) if parameters else None
+        build = _OPTIMIZERS[optimizer.name] if build is None else build
+        self._optimizer = build(list(self.parameters.values()), optimizer) if parameters else None
+
+    @property
+    def optimizer(self) -> object:
+        """What steps it; None: nothing trains."""
+        return self._optimizer
 
     def expect(self, ids: Sequence[MicroBatchId]) -> None:
         """Open a step: these micro-batches will come."""
@@ -149,6 +160,14 @@ class Trainable:
                 slots = self._optimizer.state.get(parameter, {})
                 tensors.update({f"{key}/{name}": torch.as_tensor(value) for key, value in slots.items()})
         return tensors
+
+    def nbytes(self) -> int:
+        """What this process holds of it, but for gradients."""
+        held = sum(tensor.nbytes for tensor in (*self.parameters.values(), *self._anchor.values()))
+        if isinstance(self._optimizer, torch.optim.Optimizer):
+            slots = [each for p in self.parameters.values() for each in self._optimizer.state.get(p, {}).values()]
+            return held + sum(torch.as_tensor(each).nbytes for each in slots)
+        return held if self._optimizer is None else held + self._optimizer.nbytes()
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set parameters and optimiser from `state()`, of this role or of another with the same tensors.

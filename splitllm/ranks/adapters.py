@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
+from splitllm.engines.optimizer import SpreadAdamW
 from splitllm.roles.worker import Worker
 
 TOGETHER = "together"
@@ -18,6 +19,13 @@ def by_key(worker: Worker) -> dict[str, list[nn.Parameter]]:
     for kind, held in (("own", worker.own), ("lent", worker.lent)):
         found |= {f"{kind}/{client}": list(held[client].parameters.values()) for client in sorted(held)}
     return {key: parameters for key, parameters in found.items() if parameters}
+
+
+def spread(worker: Worker) -> dict[str, SpreadAdamW]:
+    """The optimisers whose state all ranks hold together, by whom they serve."""
+    found = {TOGETHER: worker.trainable.optimizer}
+    found |= {f"own/{client}": worker.own[client].optimizer for client in sorted(worker.own)}
+    return {key: optimizer for key, optimizer in found.items() if isinstance(optimizer, SpreadAdamW)}
 
 
 def used(adapters: Mapping[str, list[nn.Parameter]], clients: Collection[int]) -> list[str]:

@@ -46,6 +46,7 @@ class Follower:
             for parameter in trainable.parameters.values():
                 parameter.data = parameter.data.clone()
         self._adapters = adapters.by_key(worker)
+        self._optimizers = adapters.spread(worker)
         self._held: dict[int, Held] = {}
         self._orders = {"forward": self._forward, "backward": self._backward}
 
@@ -59,6 +60,9 @@ class Follower:
             values, tensors = self._peers.receive(LEADER)
             if values["order"] == "end":
                 return
+            if values["order"] == "optimize":
+                self._optimizers[values["key"]].follow(values["action"], values["number"], tensors)
+                continue
             try:
                 answer = self._orders[values["order"]](values, tensors)
             except (RuntimeError, ValueError) as error:
@@ -74,7 +78,7 @@ class Follower:
             adapters.put_values(self._adapters[key], next(coming))
         asks = [ask_of(each, coming) for each in values["asks"]]
         device, graph, extra = self._worker.device, values["graph"], int(values["companion"])
-        leaves = [ask.inputs.to(device).requires_grad_(ask.input_gradient and graph) for ask in asks]
+        leaves = [ask.inputs.to(device).requires_grad_(graph) for ask in asks]
         outputs = self._worker.through(asks, leaves, graph=graph)
         if graph:
             held = [replace(ask, inputs=leaf) for ask, leaf in zip(asks, leaves, strict=True)]

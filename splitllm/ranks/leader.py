@@ -1,7 +1,8 @@
 """Rank 0: has the clients, the adapters and their optimisers, and shares every batch out.
 
-All ranks compute the same batches in the same order, each its rows. Before a forward the others get the adapters that
-have changed; after a backward their gradients are added, in the order of the ranks.
+All ranks compute the same batches in the same order, each its rows, and go backward through the same blocks, whoever
+wants gradients of what: where weights are sharded, they are gathered from all. Before a forward the others get the
+adapters that have changed; after a backward their gradients are added, in the order of the ranks.
 
 Shape suffixes: T real tokens of a micro-batch or a part, D hidden width.
 """
@@ -12,6 +13,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,6 +85,8 @@ class Leader:
         self._sent: dict[str, torch.Tensor] = {}
         self._numbers, self._forgotten = itertools.count(), list[int]()
         self._anchor = torch.zeros((), requires_grad=True)
+        for key, optimizer in adapters.spread(worker).items():
+            optimizer.tell = partial(self._tell, key)
 
     def forward(self, asks: Sequence[Ask], leaves: Sequence[torch.Tensor], *, graph: bool) -> list[torch.Tensor]:
         """Run a batch on all ranks.
@@ -99,7 +103,7 @@ class Leader:
         number = next(self._numbers)
         self._order_forward(number, asks, shares, graph=graph)
         own = [piece(asks[part.ask], part, leaves[part.ask].detach()) for part in shares[0]]
-        inputs = [each.inputs.requires_grad_(each.input_gradient and graph) for each in own]
+        inputs = [each.inputs.requires_grad_(graph) for each in own]
         try:
             outputs = self._worker.through(own, inputs, graph=graph)
         finally:
@@ -132,6 +136,11 @@ class Leader:
         for told, share in zip(heard, run.shares[1:], strict=True):
             self._add_gradients(told, {run.asks[part.ask].rows.micro_batch.client for part in share})
         return self._inputs(run, wanted, found)
+
+    def _tell(self, key: str, action: str, number: float, tensors: Sequence[torch.Tensor]) -> None:
+        """What the other ranks do with their part of an optimiser's state; they do not answer."""
+        for rank in self._others:
+            self._peers.send(rank, {"order": "optimize", "key": key, "action": action, "number": number}, tensors)
 
     def _order_forward(self, number: int, asks: Sequence[Ask], shares: list[list[Part]], *, graph: bool) -> None:
         changed = self._changed({ask.rows.micro_batch.client for ask in asks})

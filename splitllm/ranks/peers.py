@@ -6,6 +6,7 @@ Who waits here does not spin: gloo waits for a socket. A peer that is gone is no
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -32,7 +33,7 @@ class Peers:
 
     def __init__(self, who: str) -> None:
         self.rank, self.size, self._who = dist.get_rank(), dist.get_world_size(), who
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._group, self._sending = dist.new_group(backend="gloo", timeout=PATIENCE), threading.Lock()
 
     def send(self, to: int, values: Mapping[str, Any], tensors: Sequence[torch.Tensor] = ()) -> None:
         """Say something to another rank.
@@ -47,11 +48,12 @@ class Peers:
         """
         shapes = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]
         line = json.dumps({"values": values, "tensors": shapes}).encode()
-        self._send(to, torch.tensor([len(line)]))
-        self._send(to, torch.frombuffer(bytearray(line), dtype=torch.uint8))
-        for tensor in tensors:
-            if tensor.numel():
-                self._send(to, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
+        with self._sending:  # another thread may say something, too
+            self._send(to, torch.tensor([len(line)]))
+            self._send(to, torch.frombuffer(bytearray(line), dtype=torch.uint8))
+            for tensor in tensors:
+                if tensor.numel():
+                    self._send(to, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
 
     def receive(self, of: int) -> tuple[dict[str, Any], list[torch.Tensor]]:
         """Wait for what another rank says: values and tensors, on the CPU.

@@ -14,6 +14,7 @@ from splitllm.recipe.cuts import (
     tier_bounds,
 )
 from splitllm.recipe.digest import fingerprint, start_digest
+from splitllm.recipe.engines import spreads_weights
 from splitllm.recipe.loading import (
     changed_keys,
     dump_recipe,
@@ -55,6 +56,7 @@ from splitllm.recipe.schema import (
     TenantRecipe,
     TrainRecipe,
     WireRecipe,
+    ZeroRecipe,
 )
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "TenantRecipe",
     "TrainRecipe",
     "WireRecipe",
+    "ZeroRecipe",
     "averaged_blocks",
     "changed_keys",
     "children_of",
@@ -99,6 +102,7 @@ __all__ = [
     "rounds_line",
     "sharing",
     "side_that_trains",
+    "spreads_weights",
     "start_digest",
     "tenant_blocks",
     "tier_bounds",

@@ -22,6 +22,13 @@ LOCAL_KEYS = frozenset(
         *("train.verify_adapter", "wire.addresses", "wire.certificates", "wire.memory_mib", "wire.keepalive"),
         "server.processes",
         *("server.quota.tokens_per_second", "server.quota.bytes_per_second", "server.tenants"),
+        *(
+            "server.zero.stage",
+            "server.zero.offload_optimizer",
+            "server.zero.offload_param",
+            "server.zero.nvme_path",
+            "server.fsdp",
+        ),
         "rounds.exchange",
     }
 )

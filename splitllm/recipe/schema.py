@@ -193,6 +193,20 @@ class TenantRecipe(QuotaRecipe):
     weight: Positive = 1.0
 
 
+class ZeroRecipe(Section):
+    """What servers spread over their processes (by DeepSpeed; arXiv 1910.02054, 2104.07857); null: nothing.
+
+    Stages 1 and 2 spread AdamW's state of what they train, and 2 its gradients. Stage 3 spreads the frozen matrices of
+    their blocks, each of which is whole only while it computes; parts lie on the device, in host memory (`cpu`), or in
+    files below `nvme_path`.
+    """
+
+    stage: Literal[1, 2, 3] | None = None
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: Text | None = None
+
+
 class ServerRecipe(Section):
     """How servers compute what their clients send. `tokens` are positions of a batch, padding included.
 
@@ -212,6 +226,8 @@ class ServerRecipe(Section):
     memory_mib: Count | None = None
     quota: QuotaRecipe = Field(default_factory=QuotaRecipe)
     tenants: dict[str, TenantRecipe] = Field(default_factory=dict)
+    zero: ZeroRecipe = Field(default_factory=ZeroRecipe)
+    fsdp: Switch = False
 
 
 class OuterRecipe(Section):

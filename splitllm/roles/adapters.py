@@ -18,7 +18,7 @@ from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, blo
 from splitllm.model.naming import in_text_model
 from splitllm.model.shard import Shard
 from splitllm.model.tenants import Tenants
-from splitllm.model.trainable import Trainable
+from splitllm.model.trainable import Build, Trainable
 from splitllm.recipe import LoraRecipe, Recipe, averaged_blocks, client_cuts, clients_below, lora_of, own_blocks
 from splitllm.recipe.rounds import hides
 
@@ -65,9 +65,10 @@ class Adapters:
         """A server's: what is trained together, and the own ones of all clients below it."""
         if self.lanes:
             return self._in_lanes(shard, name)
-        together = self._trainable(self._together(shard, self.recipe.lora))
+        build = self._spread()
+        together = self._trainable(self._together(shard, self.recipe.lora), build=build)
         own = self._of_clients(shard, name, self._own, alike=False) if self._own else {}
-        return Trained(together, {client: self._trainable(parameters) for client, parameters in own.items()})
+        return Trained(together, {client: self._trainable(each, build=build) for client, each in own.items()})
 
     def _in_lanes(self, shard: Shard, name: str) -> Trained:
         """Each client computes with parameters of its own, also where they are copies of what is common."""
@@ -104,9 +105,20 @@ class Adapters:
             self._start(found[client])
         return found
 
-    def _trainable(self, parameters: Mapping[str, nn.Parameter], *, prox: bool = True) -> Trainable:
+    def _spread(self) -> Build | None:
+        """What makes a server's optimisers where their state is spread over its processes."""
+        zero = self.recipe.server.zero
+        if zero.stage not in (1, 2):
+            return None
+        from splitllm.engines.optimizer import SpreadAdamW
+
+        return lambda parameters, optimizer: SpreadAdamW(parameters, optimizer, zero)
+
+    def _trainable(
+        self, parameters: Mapping[str, nn.Parameter], *, prox: bool = True, build: Build | None = None
+    ) -> Trainable:
         pull = self.recipe.rounds.prox if prox else 0.0
-        return Trainable(parameters, self.recipe.train.optimizer, pull, anchored=hides(self.recipe))
+        return Trainable(parameters, self.recipe.train.optimizer, pull, anchored=hides(self.recipe), build=build)
 
     def _started(self, shard: Shard) -> Parameters:
         """The adapter that was put into a shard, where it trains, as the run starts it."""

@@ -15,7 +15,6 @@ from splitllm.data.corpus import Corpus
 from splitllm.model.frozen import Frozen
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import block_of, in_model
-from splitllm.model.shard import Shard
 from splitllm.model.trainable import Tensors
 from splitllm.policy.batching import Budget
 from splitllm.recipe import (
@@ -31,8 +30,9 @@ from splitllm.recipe import (
     tier_of,
 )
 from splitllm.recipe.rounds import WITH_FROZEN
-from splitllm.roles.adapters import DTYPES, Adapters
+from splitllm.roles.adapters import Adapters
 from splitllm.roles.admission import Admission, Room, admissions, batch_sizes
+from splitllm.roles.bases import Bases
 from splitllm.roles.batcher import Alone, Synchronous
 from splitllm.roles.client import Client
 from splitllm.roles.continuous import Continuous
@@ -170,7 +170,7 @@ class Assembly:
         self._adapters = Adapters(self.recipe, self.checkpoint.config, self.modules, self.site.device, self.lanes)
         self.roles = Roles(local=goes_by_rounds(self.recipe))
         self.rounding = Rounding(self.recipe, self.checkpoint.config, self.modules, self.lanes)
-        self._bare: dict[tuple[int, tuple[int, int]], Shard] = {}
+        self._bases = Bases(self.recipe, self.checkpoint, self.site.device)
 
     def build(self) -> Roles:
         """Load the shards and tie the roles together, from the top down."""
@@ -266,7 +266,7 @@ class Assembly:
     def worker(self, tier: int, index: int) -> Worker:
         """One role's shard with its adapters; roles that hold the same blocks share the frozen weights."""
         name, bounds = self._role(tier, index), self.bounds[self._role(tier, index)]
-        shard = self._bare_shard(tier, bounds)
+        shard = self._bases.shard(tier, bounds, alone=self._alone(tier, bounds))
         trains = self._adapters.of_client(shard, index) if tier == 0 else self._adapters.of_server(shard, name)
         if self.recipe.train.activation_checkpointing:
             shard.checkpoint_activations()
@@ -274,17 +274,13 @@ class Assembly:
         worker = Worker(shard, trains.together, site.device, site.autocast, trains.own, trains.lent, trains.common)
         if goes_by_rounds(self.recipe) and self.recipe.rounds.rule in WITH_FROZEN:
             worker.frozen = Frozen(shard, self.modules, site.device)
+        self._bases.settle(tier, bounds, shard)
         self.roles.workers.setdefault(self.tiers[tier], {})[name] = worker
         return worker
 
-    def _bare_shard(self, tier: int, bounds: tuple[int, int]) -> Shard:
-        """Of one role that holds these blocks; where several of the tier do, they share what is frozen."""
-        holding = [self._role(tier, index) for index in range(self.counts[tier])]
-        if sum(self.bounds[name] == bounds for name in holding) == 1:
-            return self._shard(tier, bounds)
-        if (tier, bounds) not in self._bare:
-            self._bare[tier, bounds] = self._shard(tier, bounds)
-        return self._bare[tier, bounds].replica()
+    def _alone(self, tier: int, bounds: tuple[int, int]) -> bool:
+        """Whether one role only of a tier holds these blocks."""
+        return sum(self.bounds[self._role(tier, index)] == bounds for index in range(self.counts[tier])) == 1
 
     def rounds(
         self, name: str, level: int, worker: Worker | None, entries: Mapping[int, int], lane: int | None = None
@@ -299,21 +295,6 @@ class Assembly:
         names = worker.trainable.parameters if worker is not None else {}
         config = self.checkpoint.config
         return frozenset(name for name in names if self._holders[block_of(config, in_model(name))] > 1)
-
-    def _shard(self, tier: int, bounds: tuple[int, int]) -> Shard:
-        """The frozen part of one tier's shard; the head sits where the loss is computed."""
-        recipe, (start, stop) = self.recipe, bounds
-        labels_tier = 0 if recipe.split.labels == "client" else len(self.tiers) - 1
-        return Shard.cut(
-            self.checkpoint,
-            start,
-            stop,
-            head=tier == labels_tier,
-            dtype=DTYPES[recipe.model.dtype],
-            attention=recipe.model.attention,
-            seed=recipe.seed,
-            quantization=recipe.quantization.get(self.tiers[tier]),
-        ).to(self.site.device)
 
     def top(
         self,

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+from torch import nn
 
+from splitllm.engines.places import places_of
 from splitllm.model.common import Common
 from splitllm.model.frozen import FROZEN, Frozen
 from splitllm.model.joined import Joined, Rows
@@ -227,10 +229,11 @@ class Worker:
 
     def peak(self) -> dict[str, int]:
         """Bytes of tensors this role held at most: weights, adapters with optimisers, activations for the backward."""
-        frozen = {p.untyped_storage().data_ptr(): p.nbytes for p in self.shard.parameters() if not p.requires_grad}
-        state = sum(t.nbytes for each in (self.trainable, *self.own.values()) for t in each.state().values())
+        weights = places_of(p for p in self.shard.parameters() if not p.requires_grad)
+        state = sum(each.nbytes() for each in (self.trainable, *self.own.values()))
         return {
-            "weights": sum(frozen.values()),
+            "weights": weights.device + weights.host,
+            **({"weights in files": weights.files} if weights.files else {}),
             "adapter and optimiser": state + (0 if self.common is None else self.common.nbytes()),
             "activations of a batch": self._activations,
         }
@@ -292,14 +295,11 @@ class Worker:
         if not graph or positions <= self._largest:
             return nullcontext()
         self._largest, self._activations = positions, 0
-        adapters = [*self.own.values(), *self.lent.values()]
-        held = [*self.shard.parameters(), *(p for each in adapters for p in each.parameters.values())]
-        weights = {parameter.untyped_storage().data_ptr() for parameter in held}
         seen: set[int] = set()
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights and storage.data_ptr() not in seen:
+            storage, weight = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
+            if not isinstance(weight, nn.Parameter) and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 self._activations += storage.nbytes()
             return tensor

@@ -16,6 +16,10 @@ from splitllm.errors import RecipeError
 from splitllm.recipe import TrainRecipe
 
 LOOPBACK = "lo"
+ENGINES = {  # that accelerate can be told to use: by which variable it hands that on, and our key
+    "DeepSpeed": ("ACCELERATE_USE_DEEPSPEED", "server.zero"),
+    "FSDP": ("ACCELERATE_USE_FSDP", "server.fsdp"),
+}
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,13 @@ def share_cores(train: TrainRecipe, processes: Processes) -> None:
         processes: that the recipe expects.
 
     Raises:
-        RecipeError: the recipe expects another number of processes than were started.
+        RecipeError: the recipe expects another number of processes than were started, or accelerate was launched with
+            an engine of its own.
     """
+    for engine, (switch, key) in ENGINES.items():
+        if os.environ.get(switch, "false").lower() == "true":
+            what = f"accelerate was launched with {engine}, which it would not use here"
+            raise RecipeError([f"{key}: {what}; choose it in the recipe, and launch with recipes/accelerate/*.yaml"])
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != processes.count:
         raise RecipeError([processes.mismatch(started)])
