@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,7 @@ def train(
         wanted = load_recipe(recipe, overrides or ())
         from splitllm.train import train as run
 
+        gc.freeze()  # what imports leave is never garbage
         run(wanted, output_dir=output_dir, resume=resume)
 
 

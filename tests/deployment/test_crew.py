@@ -145,8 +145,12 @@ def test_ctrl_c_stops_clients_first_and_the_cloud_last(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("completes", [True, False])
 def test_where_they_can_the_others_go_on_without_a_client_that_fails(tmp_path: Path, completes: bool) -> None:
-    summary = f"time.sleep(1.5); open({str(tmp_path / 'summary.json')!r}, 'w').close()" if completes else SLEEP
-    stage = Stage(tmp_path, "print('it has diverged'); sys.exit(1)", SLEEP, summary, alone=True)
+    failed, summary = tmp_path / "failed", tmp_path / "summary.json"
+    client = f"open({str(failed)!r}, 'w').close(); print('it has diverged'); sys.exit(1)"
+    until = f"while not os.path.exists({str(failed)!r}): time.sleep(0.1)\ntime.sleep(1.5)"
+    stage = Stage(
+        tmp_path, client, SLEEP, f"{until}\nopen({str(summary)!r}, 'w').close()" if completes else SLEEP, alone=True
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("splitllm.deployment.crew.SETTLE_SECONDS", 2.5)
         with nullcontext() if completes else pytest.raises(PeerError, match=r"^client: it has diverged\n"):

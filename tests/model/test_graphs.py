@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from splitllm.model import graphs
 from splitllm.model.graphs import NOBODY, Work, bytes_by_block
 from splitllm.model.joined import Rows
 from splitllm.model.loading import Checkpoint, quiet_transformers
@@ -142,6 +143,15 @@ def test_it_is_so_where_only_some_blocks_train(adapted: set[int]) -> None:
     assert [bool(kept) for kept in bytes_by_block(config, some)] == [
         any(trained <= layer for trained in adapted) for layer in range(2, 6)
     ]
+
+
+def test_blocks_that_are_alike_are_run_once_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, work = Checkpoint(checkpoint_folder("llama")).config, replace(work_in("llama", 1, 3), length=13)
+    kept = bytes_by_block(config, work)
+    monkeypatch.setattr(graphs, "staged", lambda *_: pytest.fail("they are run again"))
+    assert bytes_by_block(config, replace(work, start=3, stop=6)) == (*kept, kept[-1])
+    with pytest.raises(pytest.fail.Exception):
+        bytes_by_block(config, replace(work, start=0))  # where nothing trains below
 
 
 def test_nothing_is_kept_where_nothing_trains() -> None:
