@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -49,6 +50,8 @@ ENGINES = {  # overrides of the edge, and how far sums in fp32 may be off
     "zero-3 in files": ("server.zero={{stage: 3, offload_param: nvme, nvme_path: {folder}}}",),
 }
 ENGINES_CLOSE = 1e-3
+OF_STATE = ("zero-1", "zero-2, state in host memory")
+"""They spread the optimiser's state, beside copies of the adapter: two ranks hold more than one alone."""
 
 
 def off(found: Path, expected: Path) -> float:
@@ -61,16 +64,25 @@ def off(found: Path, expected: Path) -> float:
     return worst
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_two_ranks_learn_what_one_process_learns(mode: str, tmp_path: Path) -> None:
+def held_alone(folder: Path) -> dict[str, float]:
+    """MiB of each part of the edge in one process."""
+    found: dict[str, float] = json.loads((folder / "summary.json").read_text())["held_mib"]["edge"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("server", "mode"),
+    [*(("edge", mode) for mode in MODES), ("cloud", "labels at the cloud"), ("cloud", "each its own")],
+)
+def test_two_ranks_learn_what_one_process_learns(server: str, mode: str, tmp_path: Path) -> None:
     recipe, words = write_recipe(tmp_path), (*WORDS, *MODES[mode])
     train(load_recipe(recipe, words), tmp_path / "one")
     with deployed(recipe, tmp_path / "run", *words) as deployment:
-        edge = Ranked(deployment, "edge")
-        edge.start(2)
-        deployment.start(*(name for name in deployment.names if name != "edge"))
+        ranks = Ranked(deployment, server)
+        ranks.start(2)
+        deployment.start(*(name for name in deployment.names if name != server))
         assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
-        deployment.until(lambda: edge.statuses() == [0, 0], "rank 1 to end")
+        deployment.until(lambda: ranks.statuses() == [0, 0], "rank 1 to end")
         assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
 
 
@@ -92,6 +104,11 @@ def test_two_ranks_hold_one_base_between_them(engine: str, labels: str, tmp_path
         losses = [record["loss"] for record in read_records(tmp_path / "one" / "metrics.jsonl") if "loss" in record]
         found = [r["loss"] for r in read_records(deployment.folder / "cloud" / "metrics.jsonl") if "loss" in r]
         assert found == pytest.approx(losses, abs=1e-5)
+        of_rank_0, whole = deployment.summary()["held_mib"]["edge"], held_alone(tmp_path / "one")
+        if engine in OF_STATE:
+            assert of_rank_0["adapter and optimiser"] != whole["adapter and optimiser"]
+        else:
+            assert of_rank_0["weights"] < 0.7 * whole["weights"]
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
