@@ -11,14 +11,19 @@ OUT := out/quickstart
 CANDIDATES := python3.11 python3 python3.12 python3.13 python3.14
 WORKS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(WORKS)' >/dev/null 2>&1 && echo $$p && break; done)
-# Tests and the quickstart never ask a hub for anything.
-OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Tests and the quickstart never ask a hub for anything. Bytecode is kept, or each process compiles all of it again.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
+# What DeepSpeed compiles, once for all tests; without libaio there is nothing to compile, and what needs it is skipped.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/build/extensions
 WORKERS ?= 2
 ARGS ?=
+# Tests of processes have both cores to themselves.
+PROCESSES := tests/system tests/faults
+GRIDS := $(PROCESSES:%=--ignore=%)
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-flower quickstart test test-system test-flower soak check bench bench-wire bench-tenants compare clean
+.PHONY: help setup setup-flower operators quickstart test test-system test-flower soak check bench bench-wire bench-tenants compare clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1 :/p' Makefile | awk -F ' : ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -49,8 +54,12 @@ quickstart: setup  ## the main job, offline: a split fine-tune, an adapter at th
 test: setup  ## the fast tests
 	$(OFFLINE) $(BIN)/pytest -q -m "not system and not soak" -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-system: setup  ## real processes and engines, and the rest of the large grids
-	$(OFFLINE) $(BIN)/pytest -q -m system $(ARGS)
+operators: setup  ## compile what DeepSpeed needs for files, once
+	$(BIN)/python scripts/compile_operators.py
+
+test-system: setup operators  ## the rest of the large grids; real processes and engines, one test after another
+	$(OFFLINE) $(BIN)/pytest -q -m "system and not soak" -n $(WORKERS) --dist worksteal $(GRIDS) $(ARGS)
+	$(OFFLINE) $(BIN)/pytest -q -m "system and not soak" --durations=20 $(PROCESSES) $(ARGS)
 
 test-flower: setup-flower  ## real Flower processes between edges, and the wire beside Flower's versions
 	$(OFFLINE) $(FLOWER_BIN)/pytest -q tests/federated/test_flower.py tests/wire/test_remote.py tests/test_cli.py $(ARGS)

@@ -96,7 +96,8 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
         from splitllm.recipe import load_recipe
 
         wanted = load_recipe(recipe, overrides or ())
-        from splitllm.preflight import describe, prepare
+        from splitllm.plan import describe
+        from splitllm.preflight import prepare
 
         for line in describe(prepare(wanted)):
             typer.echo(line)

@@ -17,7 +17,8 @@ from typing import Any
 from splitllm.checkpoint import TrainingState
 from splitllm.errors import RecipeError, RunInterrupted
 from splitllm.metrics import Metrics, Tracker
-from splitllm.preflight import prepare, refuse_without_room
+from splitllm.plan import refuse_without_room
+from splitllm.preflight import prepare
 from splitllm.recipe import Recipe, goes_by_rounds, intervals, level_due, rounds_line, what_leaves_the_device
 from splitllm.roles.assembly import Assembly, Site, schedule_of
 from splitllm.roles.client import StepReport

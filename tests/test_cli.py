@@ -47,10 +47,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     made: list[Any] = []
     stand_ins: dict[str, dict[str, Any]] = {
         "splitllm.train": {"train": lambda recipe, **options: made.append((recipe, options))},
-        "splitllm.preflight": {
-            "prepare": lambda recipe: made.append(recipe) or recipe,
-            "describe": lambda plan: ["fine", f"{plan.train.steps} steps"],
-        },
+        "splitllm.preflight": {"prepare": lambda recipe: made.append(recipe) or recipe},
+        "splitllm.plan": {"describe": lambda plan: ["fine", f"{plan.train.steps} steps"]},
         "splitllm.model.export": {"merge": lambda *arguments: made.append(arguments)},
         "splitllm.deployment.up": {"up": lambda *arguments, **options: made.append((*arguments, options))},
         "splitllm.deployment.plan": {"plan_memory": lambda recipe, **options: made.append((recipe, options))},

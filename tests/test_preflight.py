@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import is_flash_attn_2_available
 from typer.testing import CliRunner
 
-from splitllm import preflight
+from splitllm import plan, preflight
 from splitllm.cli import app
 from splitllm.errors import RecipeError
 from splitllm.preflight import prepare
@@ -76,6 +76,21 @@ def test_validate_says_what_will_happen_and_what_leaves_the_device(folder: Path)
     assert lines[-1] == "the recipe is valid"
 
 
+@pytest.mark.parametrize(
+    ("words", "when"),
+    [
+        (["server.batching=continuous"], "as many steps as a server has clients"),
+        (["server.batching=continuous", "server.step_tenants=3"], "3 steps of clients"),
+        (["server.batching=continuous", "server.step_tokens=99"], "99 tokens"),
+    ],
+)
+def test_validate_says_when_steps_what_clients_have_in_common(folder: Path, words: list[str], when: str) -> None:
+    done = CliRunner().invoke(
+        app, ["validate", str(folder / "recipe.yaml"), "model.dropout=0", "lora.adapters=common", *words]
+    )
+    assert f"LoRA: rank 4 on 4 modules, adapters: common in blocks 1..3, stepped after {when}" in done.stdout
+
+
 def test_validate_says_what_is_quantised(folder: Path) -> None:
     words = "quantization={edge: {method: nf4, double: true, compute_dtype: bfloat16}, cloud: int8}"
     done = CliRunner().invoke(app, ["validate", str(folder / "recipe.yaml"), words])
@@ -101,6 +116,27 @@ def test_without_bitsandbytes_only_machines_that_need_it_are_refused(
     assert prepare(wanted, tier="client").modules
     with pytest.raises(RecipeError, match=r"quantization\.cloud: int8 needs the package bitsandbytes"):
         prepare(wanted, data=False, tier="cloud")
+
+
+def test_without_deepspeed_only_servers_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    wanted = load_recipe(folder / "recipe.yaml", ["server.zero.stage=3"])
+    for tier in (None, "edge"):
+        with pytest.raises(RecipeError) as refused:
+            prepare(wanted, tier=tier)
+        line = "server.zero: DeepSpeed is not installed; install it with: pip install 'splitllm[deepspeed]'"
+        assert str(refused.value) == line
+    assert prepare(wanted, tier="client").modules
+
+
+def test_the_folder_for_weights_in_files_has_to_be_on_servers(folder: Path) -> None:
+    nowhere = folder / "nowhere"
+    wanted = load_recipe(
+        folder / "recipe.yaml", [f"server.zero={{stage: 3, offload_param: nvme, nvme_path: {nowhere}}}"]
+    )
+    with pytest.raises(RecipeError, match=r"server\.zero\.nvme_path: .*/nowhere is no folder that can be written to"):
+        prepare(wanted, tier="edge")
+    assert prepare(wanted, tier="client").modules
 
 
 @pytest.mark.parametrize(
@@ -397,7 +433,7 @@ def test_a_limit_names_a_tier(folder: Path, tmp_path: Path) -> None:
 def test_a_run_without_room_is_refused_before_anything_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "available_bytes", lambda: 0)
+    monkeypatch.setattr(plan, "available_bytes", lambda: 0)
     out = tmp_path / "out"
     refused = CliRunner().invoke(app, ["train", str(folder / "recipe.yaml"), "--output-dir", str(out)])
     assert refused.exit_code == 2 and not out.exists()

@@ -86,11 +86,11 @@ WRONG = [
     ("train.steps=many", "train.steps: 'many' is not allowed; use a whole number of at least 1"),
     ("train.steps=0", "train.steps: 0 is not allowed; use a whole number of at least 1"),
     ("train.steps=2.0", "train.steps: 2.0 is not allowed; use a whole number of at least 1"),
-    ("train.steps=true", "train.steps: True is not allowed; use a whole number of at least 1"),
-    ("train.steps=null", "train.steps: None is not allowed; use a whole number of at least 1"),
+    ("train.steps=true", "train.steps: true is not allowed; use a whole number of at least 1"),
+    ("train.steps=null", "train.steps: null is not allowed; use a whole number of at least 1"),
     ("seed=-1", "seed: -1 is not allowed; use a whole number from 0 to below 2**63"),
     ("train.clip_norm=0", "train.clip_norm: 0 is not allowed; use a number above 0, or null"),
-    ("train.clip_norm=true", "train.clip_norm: True is not allowed; use a number above 0, or null"),
+    ("train.clip_norm=true", "train.clip_norm: true is not allowed; use a number above 0, or null"),
     ("train.clip_norm=.nan", "train.clip_norm: nan is not allowed; use a number above 0, or null"),
     ("train.optimizer.lr=fast", "train.optimizer.lr: 'fast' is not allowed; use a number above 0"),
     ("train.optimizer.lr=.inf", "train.optimizer.lr: inf is not allowed; use a number above 0"),
@@ -176,9 +176,14 @@ WRONG = [
     ("server.tenants.edge-0.weight=2", "server.tenants.edge-0: 'edge-0' is not a client of split.tiers; use some of"),
     (
         "quantization=fp4",
-        "quantization: 'fp4' is not allowed; use nf4 or int8 for all tiers, or a mapping of tiers, such",
+        "quantization: 'fp4' is not allowed; use nf4 or int8 for all tiers, a mapping of tiers, such",
     ),
-    ("quantization=4", "quantization: 4 is not allowed; use nf4 or int8 for all tiers, or a mapping of tiers, such"),
+    (
+        "quantization=null",
+        "quantization: null is not allowed; use nf4 or int8 for all tiers, a mapping of tiers, such as {edge: nf4}, "
+        "or {} for none",
+    ),
+    ("quantization=4", "quantization: 4 is not allowed; use nf4 or int8 for all tiers, a mapping of tiers, such"),
     ("quantization={edgy: nf4}", "quantization.edgy: 'edgy' is not a tier of split.tiers; use some of client, edge, c"),
     (
         "quantization.edge=fp4",
@@ -186,7 +191,7 @@ WRONG = [
     ),
     (
         "quantization.edge=4",
-        "quantization.edge: 4 is not allowed; use a mapping with keys among method, double, compute",
+        "quantization.edge: 4 is not allowed; use nf4 or int8, or a mapping such as {method: nf4, double: true}",
     ),
     ("quantization.edge={method: fp4}", "quantization.edge.method: 'fp4' is not allowed; use nf4 or int8"),
     (
@@ -198,15 +203,15 @@ WRONG = [
         "quantization.edge={method: nf4, compute_dtype: float16}",
         "quantization.edge.compute_dtype: 'float16' is not allowed; use float32 or bfloat16, or null",
     ),
-    ("wire.addresses=null", "wire.addresses: None is not allowed; use a mapping of server roles to HOST:PORT"),
-    ("wire.addresses={cloud: null}", "wire.addresses.cloud: None is not allowed; use HOST:PORT, such as 10.0.0.2:7000"),
+    ("wire.addresses=null", "wire.addresses: null is not allowed; use a mapping of server roles to HOST:PORT"),
+    ("wire.addresses={cloud: null}", "wire.addresses.cloud: null is not allowed; use HOST:PORT, such as 10.0.0.2:7000"),
     ("wire.addresses.cloud=7000", "wire.addresses.cloud: 7000 is not allowed; use HOST:PORT"),
     ("wire.addresses.edge=h:1", "'edge' is not a server of split.tiers; use some of edge-0, edge-1, cloud"),
     ("wire.addresses.edge-2=h:1", "wire.addresses: 'edge-2' is not a server of split.tiers; use some of"),
     ("wire.addresses.client-0=h:1", "wire.addresses: 'client-0' is not a server of split.tiers; use some of"),
     ("wire.addresses={edge-0: h:1, cloud: H:1}", "wire.addresses: edge-0 and cloud are both at H:1; give each its own"),
     ("wire.certificates=3", "wire.certificates: 3 is not allowed; use text"),
-    ("wire.up=null", "wire.up: None is not allowed; use none, bf16, fp16, int8, int4 or topk:FRACTION with a fraction"),
+    ("wire.up=null", "wire.up: null is not allowed; use none, bf16, fp16, int8, int4 or topk:FRACTION with a fraction"),
     ("wire.down=int2", "wire.down: 'int2' is not allowed; use none, bf16, fp16, int8, int4 or topk:FRACTION"),
     ("wire.up=topk", "wire.up: 'topk' is not allowed"),
     ("wire.up=topk:1.0", "wire.up: 'topk:1.0' is not allowed"),
@@ -377,8 +382,9 @@ def test_what_tenants_cannot_have_together_is_refused_in_a_line(
     ("overrides", "expected"),
     [
         (
-            ["quantization={edge: nf4}", "model.dtype=float64"],
-            "quantization.edge: bitsandbytes has no products in float64; use model.dtype: float32 or bfloat16, or",
+            ["quantization=nf4", "model.dtype=float64"],
+            "quantization: bitsandbytes has no products in float64, which are asked for on client, edge, cloud; "
+            "use model.dtype: float32 or bfloat16, or quantization: {}",
         ),
         (
             ["quantization={edge: nf4}", "lora.dora=true"],

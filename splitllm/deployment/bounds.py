@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from splitllm.model.lora import block_of, in_model
-from splitllm.preflight import Plan
+from splitllm.plan import Plan
 from splitllm.recipe import (
     Recipe,
     averaged_blocks,

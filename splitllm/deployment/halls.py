@@ -66,26 +66,20 @@ def hall_of(
     recipe, name, level = station.recipe, station.name, station.tier
     if not goes_by_rounds(recipe):
         return None
-    rounds, buffer = station.assembly().rounding.in_hall(name, level), recipe.rounds.buffer
+    rounds, keep = station.assembly().rounding.in_hall(name, level), KeptRounds(station.journal("rounds"))
     members = {child: clients_below(recipe, child) for child in children_of(recipe, name)}
-    keep, every = KeptRounds(station.journal("rounds")), intervals(recipe)
-    differences, top = buffer.size is not None, level == len(every)
-    if buffer.size is not None and top:
-        assert observe is not None
-        oldest, discount = buffer.oldest, buffer.discount
-        size = buffer.size
+    every, buffered = intervals(recipe), recipe.rounds.buffer.size is not None
+    if buffered and level == len(every):
+        assert observe is not None, "the top has somebody to tell"
         _check(math.inf if keep.read() is not None else 0, journals, every[-1])
-        return BufferedHall(
-            rounds, members, keep, station.device, size=size, oldest=oldest, discount=discount, observe=observe
-        )
-    above = Upward(uplink, name, rounds.arithmetic) if uplink is not None and not top else None
-    last = differences and level == len(every) - 1
-    stop = station.plan.role_bounds[name][1]
-    shared = held if above is not None else None
-    book = Book(rounds, keep, station.device, stop, above, shared, differences=last)
+        return BufferedHall(rounds, members, keep, station.device, observe)
+    above = Upward(uplink, name, rounds.arithmetic) if uplink is not None and level < len(every) else None
+    shared, stop = held if above is not None else None, station.plan.role_bounds[name][1]
+    differences = buffered and level == len(every) - 1
+    book = Book(rounds, keep, station.device, stop, above, shared, differences=differences)
+    _check(book.number, journals, every[level - 1])
     told = observe if level > 1 else None  # right above clients their lanes tell
     steps, seed = recipe.train.steps, recipe.seed
-    _check(book.number, journals, every[level - 1])
     return Hall(book, members, _rules(recipe, level), every=every[level - 1], steps=steps, seed=seed, observe=told)
 
 

@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 from splitllm.deployment.bounds import micro_batch_bytes
+from splitllm.plan import Plan
 from splitllm.policy.quotas import Limit, allowed_at, taken
-from splitllm.preflight import Plan
 from splitllm.recipe import TenantRecipe, client_names, clients_below
 from splitllm.roles.account import Account
 from splitllm.wire.coding import Coding

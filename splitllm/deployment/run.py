@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 
@@ -37,5 +38,6 @@ def run_role(
     from splitllm.deployment.server import serve
     from splitllm.deployment.station import Options
 
+    gc.freeze()  # what imports leave is never garbage, and half a million objects that every collection would look at
     options = Options(name, directory, listen, metrics, insecure)
     (attend if tier_of(recipe, name)[0] == 0 else serve)(recipe, options)

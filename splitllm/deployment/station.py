@@ -21,7 +21,8 @@ from splitllm.errors import RankError, RecipeError
 from splitllm.model.loading import Checkpoint
 from splitllm.model.machine import give_back
 from splitllm.model.shard import BUILDING
-from splitllm.preflight import Plan, drops, prepare, refuse_without_room
+from splitllm.plan import Plan, refuse_without_room
+from splitllm.preflight import drops, prepare
 from splitllm.ranks.leader import Leader, begin, end
 from splitllm.ranks.peers import Peers
 from splitllm.recipe import (

@@ -105,11 +105,15 @@ class Overview:
         return min(found for (role, _), found in self._lanes.items() if role == name)
 
     def line(self) -> str:
-        """The run in one line, as the top sees it."""
+        """The run in one line, as the top sees it; what nobody knows yet is left out."""
         row = self.rows[self.top]
-        parts = [f"step {row.step or 0}/{self.steps}", f"loss {_number(row.loss, '.4f')}"]
-        parts.append(f"{_number(row.speed, ',.0f')} tokens/s")
-        parts.append(f"up {human_bytes(row.up or 0)}, down {human_bytes(row.down or 0)}")
+        parts = [f"step {row.step or 0}/{self.steps}"]
+        if row.loss is not None:
+            parts.append(f"loss {row.loss:.4f}")
+        if row.speed is not None:
+            parts.append(f"{row.speed:,.0f} tokens/s")
+        if row.up or row.down:
+            parts.append(f"up {human_bytes(row.up or 0)}, down {human_bytes(row.down or 0)}")
         if row.clients is not None:
             parts.append(f"{row.clients} client{'' if row.clients == 1 else 's'}")
         counts: dict[str, int] = {}

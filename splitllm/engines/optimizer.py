@@ -53,7 +53,8 @@ class SpreadAdamW:
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
         )
-        self._library, ranks = library(zero), join_group(self._parameters[0].device)
+        device = self._parameters[0].device
+        self._library, ranks = library(zero, device), join_group(device)
         self._engine, *_ = self._library.initialize(
             model=nn.ParameterList(self._copies), optimizer=self._client, config=_configuration(zero, ranks)
         )

@@ -6,21 +6,25 @@ again; which is whole when is decided here (decision 20). Vectors (norms, biases
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from splitllm.engines.compiled import open_dead_locks
 from splitllm.engines.folders import Folder
 from splitllm.engines.groups import join_group
 from splitllm.errors import RecipeError
+from splitllm.model.machine import return_at_once
 from splitllm.model.shard import Shard
+from splitllm.model.spread_bytes import BUFFERS
 from splitllm.recipe import ZeroRecipe
 
-FILE_BYTES = 2**20
-"""Parts that are smaller stay in memory: DeepSpeed writes none of them to files."""
-BUFFERS = 2  # of the largest part: one is read into, and one is spare
+FILE_OPERATORS = ("async_io", "pin_memory")  # which DeepSpeed compiles to read and write files
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Partitioned:
     """The frozen matrices of one base, in parts.
 
     No more than one module's are whole at a time, in forwards and in backwards. Ranks have to compute the same
-    modules in the same order.
+    modules in the same order. Files are removed at the end of the process, or by `close`.
 
     Args:
         zero: where parts are kept.
@@ -50,9 +54,11 @@ class Partitioned:
     """
 
     def __init__(self, zero: ZeroRecipe, largest: int, device: torch.device) -> None:
-        self._deepspeed = library(zero)
+        self._deepspeed = library(zero, device)
         self._size = join_group(device)
         self._folder = Folder(zero.nvme_path) if zero.offload_param == "nvme" else None
+        if self._folder is not None:
+            return_at_once()  # matrices come and go: an allocator that kept their memory would soon have all of it
         self._config = self._configuration(zero, largest, device)
         self._first: Any = None
         self._whole: nn.Module | None = None
@@ -135,22 +141,31 @@ def _parts_of(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_tensor")]
 
 
-def library(zero: ZeroRecipe) -> Any:
+def library(zero: ZeroRecipe, device: torch.device) -> Any:
     """DeepSpeed, imported where a recipe asks for it and nowhere else.
+
+    Args:
+        zero: what it is for.
+        device: where this process computes; it has to be the same in all calls.
 
     Raises:
         RecipeError: it or libaio is not installed.
     """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
         import deepspeed
         import deepspeed.ops
     except ImportError as error:
         raise RecipeError([missing()]) from error
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it writes to standard output
+    warnings.filterwarnings("ignore", r".*all_gather_into_tensor` is deprecated", FutureWarning)
     # its collective for ranks of one CPU machine takes minutes to compile, and adds in another order than gloo
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if zero.offload_param == "nvme" and not deepspeed.ops.__compatible_ops__["async_io"]:
-        why = "needs libaio; install the package libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora)"
-        raise RecipeError([f"server.zero.offload_param: nvme {why}"])
+    if zero.offload_param == "nvme":
+        if not deepspeed.ops.__compatible_ops__["async_io"]:
+            why = "needs libaio and a C++ compiler; install the package libaio-dev (Debian) or libaio-devel (Fedora)"
+            raise RecipeError([f"server.zero.offload_param: nvme {why}"])
+        open_dead_locks(*FILE_OPERATORS)
     return deepspeed
 
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from splitllm.checkpoint import writing
 from splitllm.errors import CheckpointError
 from splitllm.model.families import layout_of
+from splitllm.model.keyed import remembered
 from splitllm.model.loading import Checkpoint, load_config, quiet_transformers
 from splitllm.model.shard import meta_model
 
@@ -121,6 +122,11 @@ def tensor_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: the configuration's settings contradict one another.
     """
+    return dict(_tensor_shapes(config))
+
+
+@remembered(8)
+def _tensor_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     try:
         with quiet_transformers():
             model = meta_model(config, torch.float32)

@@ -88,6 +88,11 @@ def set_dropouts(config: PreTrainedConfig, rate: float) -> None:
             setattr(config, name, rate)
 
 
+def layout_of_family(family: str) -> Layout:
+    """Where the parts of a model sit, of a family that can be cut, by its `model_type`."""
+    return FAMILIES.get(family, STANDARD)
+
+
 def layout_of(config: PreTrainedConfig) -> Layout:
     """Where the parts of this configuration's model sit.
 
@@ -98,11 +103,9 @@ def layout_of(config: PreTrainedConfig) -> Layout:
     for applies, reason in REFUSALS:
         if applies(config):
             raise FamilyError(f"model.base: {family} cannot be cut: {reason}")
-    if family in FAMILIES:
-        return FAMILIES[family]
     plan = getattr(config, "base_model_pp_plan", None) or {}
-    if {"embed_tokens", "layers", "norm"} <= set(plan):
-        return STANDARD
+    if family in FAMILIES or {"embed_tokens", "layers", "norm"} <= set(plan):
+        return layout_of_family(family)
     raise FamilyError(
         f"model.base: {family} cannot be cut: it declares no pipeline plan and has no row in the table of families "
         f"({', '.join(sorted(FAMILIES))}); docs/add_a_family.md says how to add one"

@@ -7,11 +7,9 @@ what the second did.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -23,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitllm.model.families import layout_of
 from splitllm.model.joined import Joined, Rows
+from splitllm.model.keyed import remembered
 from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, block_of
 from splitllm.model.randomness import MicroBatchId
 from splitllm.model.shard import NoPositions, Passthrough, Shard, meta_model
@@ -77,7 +76,11 @@ def bytes_by_block(config: PreTrainedConfig, work: Work) -> tuple[int, ...]:
         config: of the whole text model.
         work: the micro-batch, and where it runs.
     """
-    return _by_block(config.to_json_string(), type(config).from_dict, work) if work.start < work.stop else ()
+    if work.start >= work.stop:
+        return ()
+    stretch, stands_for = _stretch(config, work)
+    kept = dict(zip(stretch.layers, _kept_by(config, stretch), strict=True))
+    return tuple(kept[stand_in] for stand_in in stands_for.values())
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,11 @@ class Stage:
         shard: has these blocks, and those of no other layer.
         calls: layer -> what the model calls its block with beside the hidden states.
         weights: all weights and adapters.
-        stands_for: layer of the work -> that of the block which keeps as much.
     """
 
     shard: Shard
     calls: Mapping[int, Call]
     weights: Sequence[nn.Parameter]
-    stands_for: Mapping[int, int]
 
     def run(self, layer: int, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """One block."""
@@ -106,14 +107,10 @@ class Stage:
 
 
 @contextmanager
-def staged(config: PreTrainedConfig, work: Work) -> Iterator[Stage]:
-    """Build what stands for the blocks of a work, and stay among fake tensors meanwhile."""
+def staged(config: PreTrainedConfig, work: Work, layers: Sequence[int]) -> Iterator[Stage]:
+    """Build these blocks of a work, and stay among fake tensors meanwhile."""
     model, layout = meta_model(config, work.dtype, work.attention), layout_of(config)
     slots: nn.ModuleList = getattr(getattr(model, layout.base), layout.blocks)
-    kinds = _kinds(config, slots, work)
-    first = {kind: layer for layer, kind in reversed(kinds.items())}
-    second = {kind: layer for layer, kind in reversed(kinds.items()) if layer != first[kind]}
-    layers = sorted({*first.values(), *second.values()})
     calls = _calls(model, work)
     for layer in layers:
         getattr(getattr(model, layout.base), layout.blocks)[layer] = slots[layer]
@@ -122,8 +119,7 @@ def staged(config: PreTrainedConfig, work: Work) -> Iterator[Stage]:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         faked = {layer: tree_map_only(torch.Tensor, mode.from_tensor, calls[layer]) for layer in layers}
         weights = _with_tenants(shard.to_empty(device="cpu"), work, layers)
-        stands_for = {layer: layer if layer == first[kind] else second[kind] for layer, kind in kinds.items()}
-        yield Stage(shard, faked, weights, stands_for)
+        yield Stage(shard, faked, weights)
 
 
 def inputs_of(config: PreTrainedConfig, work: Work) -> torch.Tensor:
@@ -137,15 +133,49 @@ def precision(work: Work) -> AbstractContextManager[object]:
     return torch.autocast("cpu", torch.bfloat16) if work.mixed else nullcontext()
 
 
-@lru_cache(maxsize=256)
-def _by_block(config_json: str, from_dict: Callable[..., Any], work: Work) -> tuple[int, ...]:
-    config = from_dict(json.loads(config_json))
-    with staged(config, work) as stage:
-        kept = _kept(stage, inputs_of(config, work), work)
-    return tuple(kept[stand_in] for stand_in in stage.stands_for.values())
+@dataclass(frozen=True)
+class Stretch:
+    """Blocks that stand for all of a work: two of each kind. Those of two works that are alike keep as much.
+
+    Attributes:
+        kinds: of these blocks, bottom up.
+        asked: the work, wherever it is in the model.
+        layers: these blocks, in the first such work that was asked for.
+        work: that.
+    """
+
+    kinds: tuple[Kind, ...]
+    asked: Work
+    layers: tuple[int, ...] = field(compare=False)
+    work: Work = field(compare=False)
 
 
-def _kinds(config: PreTrainedConfig, slots: nn.ModuleList, work: Work) -> dict[int, Kind]:
+def _stretch(config: PreTrainedConfig, work: Work) -> tuple[Stretch, dict[int, int]]:
+    """What stands for a work; and layer of the work -> that of the block which keeps as much."""
+    kinds = _kinds(config, work)
+    first = {kind: layer for layer, kind in reversed(kinds.items())}
+    second = {kind: layer for layer, kind in reversed(kinds.items()) if layer != first[kind]}
+    layers = tuple(sorted({*first.values(), *second.values()}))
+    anywhere = replace(work, modules=(), start=0, stop=0, own=NOBODY)
+    stands_for = {layer: layer if layer == first[kind] else second[kind] for layer, kind in kinds.items()}
+    return Stretch(tuple(kinds[layer] for layer in layers), anywhere, layers, work), stands_for
+
+
+@remembered(256)
+def _kept_by(config: PreTrainedConfig, stretch: Stretch) -> tuple[int, ...]:
+    with staged(config, stretch.work, stretch.layers) as stage:
+        return tuple(kept_by_layer(stage, config, stretch.work).values())
+
+
+@remembered(8)
+def _shapes(config: PreTrainedConfig) -> tuple[tuple[tuple[str, torch.Size], ...], ...]:
+    """Of every block, its parameters."""
+    model, layout = meta_model(config, torch.float32), layout_of(config)
+    slots: nn.ModuleList = getattr(getattr(model, layout.base), layout.blocks)
+    return tuple(tuple((name, each.shape) for name, each in block.named_parameters()) for block in slots)
+
+
+def _kinds(config: PreTrainedConfig, work: Work) -> dict[int, Kind]:
     """Layer -> what it has in common with those that keep as much."""
     adapted: dict[int, list[str]] = {}
     for name in work.modules:
@@ -153,9 +183,8 @@ def _kinds(config: PreTrainedConfig, slots: nn.ModuleList, work: Work) -> dict[i
     types, trains = getattr(config, "layer_types", None), any(layer < work.start for layer in adapted)
     kinds: dict[int, Kind] = {}
     for layer in range(work.start, work.stop):
-        shapes = tuple((name, parameter.shape) for name, parameter in slots[layer].named_parameters())
-        own = layer in work.own
-        kinds[layer] = (types and types[layer], shapes, tuple(adapted.get(layer, ())), own, trains)
+        own, here = layer in work.own, tuple(adapted.get(layer, ()))
+        kinds[layer] = (types and types[layer], _shapes(config)[layer], here, own, trains)
         trains = trains or layer in adapted
     return kinds
 
@@ -232,9 +261,9 @@ def _with_tenants(shard: Shard, work: Work, layers: Sequence[int]) -> list[nn.Pa
     return [*shard.parameters(), *adapters]
 
 
-def _kept(stage: Stage, hidden_BSD: torch.Tensor, work: Work) -> dict[int, int]:
+def kept_by_layer(stage: Stage, config: PreTrainedConfig, work: Work) -> dict[int, int]:
     """Layer -> what its block adds, where these layers run one after another."""
-    tenants = _tenants(work)
+    tenants, hidden_BSD = _tenants(work), inputs_of(config, work)
     apart = {parameter.untyped_storage()._cdata for parameter in stage.weights}
     saved: WeakSet[_Saved] = WeakSet()
 

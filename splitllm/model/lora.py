@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from splitllm.errors import RecipeError
 from splitllm.model.dropout import AdapterDropout
-from splitllm.model.families import layout_of
+from splitllm.model.families import layout_of_family
+from splitllm.model.keyed import remembered
 from splitllm.model.naming import PREFIX
 from splitllm.model.randomness import seed_of
 from splitllm.model.shard import BUILDING, Shard, meta_model
@@ -48,8 +50,13 @@ def matched_modules(config: PreTrainedConfig, targets: str | Sequence[str] | Non
     Raises:
         RecipeError: nothing matches, or something outside the blocks does.
     """
+    return list(_matched(config, targets if targets is None or isinstance(targets, str) else tuple(targets)))
+
+
+@remembered(32)
+def _matched(config: PreTrainedConfig, targets: str | tuple[str, ...] | None) -> list[str]:
     wanted = target_modules(config, targets)
-    model, blocks = meta_model(config, torch.float32), _block_pattern(config)
+    model, blocks = meta_model(config, torch.float32), _block_pattern(config.model_type)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     inside = [name for name in linear if blocks.match(name)]
     if wanted == "all-linear":
@@ -69,13 +76,14 @@ def matched_modules(config: PreTrainedConfig, targets: str | Sequence[str] | Non
 
 def block_of(config: PreTrainedConfig, name: str) -> int:
     """The global index of the block that a module or parameter belongs to."""
-    match = _block_pattern(config).match(name)
+    match = _block_pattern(config.model_type).match(name)
     assert match, name
     return int(match.group(1))
 
 
-def _block_pattern(config: PreTrainedConfig) -> re.Pattern[str]:
-    layout = layout_of(config)
+@lru_cache(maxsize=32)
+def _block_pattern(family: str) -> re.Pattern[str]:
+    layout = layout_of_family(family)
     return re.compile(rf"{layout.base}\.{layout.blocks}\.(\d+)\.")
 
 
@@ -151,6 +159,12 @@ def adapter_parameters(shard: Shard) -> dict[str, nn.Parameter]:
 
 def adapter_shapes(config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str]) -> dict[str, torch.Size]:
     """The shapes of the whole model's adapter tensors, by their names in an adapter file; nothing is allocated."""
+    return dict(_adapter_shapes(config, lora.rank, lora.dora, tuple(modules)))
+
+
+@remembered(32)
+def _adapter_shapes(config: PreTrainedConfig, rank: int, dora: bool, modules: tuple[str, ...]) -> dict[str, torch.Size]:
+    lora = LoraRecipe(rank=rank, dora=dora)
     with BUILDING:
         model = meta_model(config, torch.float32)
         inject_adapter_in_model(lora_config(config, lora, modules), model, ADAPTER, low_cpu_mem_usage=True)

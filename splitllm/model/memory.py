@@ -6,18 +6,16 @@ Weights, adapters and optimisers follow from shapes; what a micro-batch keeps fo
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import lru_cache
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from splitllm.model.families import layout_of
 from splitllm.model.graphs import NOBODY, Work, bytes_by_block
+from splitllm.model.keyed import remembered
 from splitllm.model.lora import adapter_dtype, adapter_shapes, block_of, in_model
 from splitllm.model.quantized_bytes import saved_bytes
 from splitllm.model.shard import meta_model
@@ -29,6 +27,8 @@ OPTIMIZER_BYTES: dict[str, Callable[[int, int], int]] = {
     "sgd": lambda held, tensors: 0,
 }
 """Optimiser -> its state from the first step on, given the adapter's bytes and its number of tensors."""
+SPREAD = 2
+"""Copies of an adapter that DeepSpeed steps: all of it, and in one process a part that is all of it as well."""
 CROSSING = 4  # hidden states in and out, and the gradient of each
 
 
@@ -135,7 +135,7 @@ def tenant_holding(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[s
     entry, stop = _entry(recipe, layers, server, client), role_bounds(recipe, layers)[server][1]
     mine = [name for name in modules if block_of(config, name) in own]
     copied = [name for name in modules if block_of(config, name) in alone and name not in mine]
-    trained = _trained(recipe, lora, config, mine, entry, stop)
+    trained = _on_server(recipe, _trained(recipe, lora, config, mine, entry, stop))
     copy = adapter_bytes(config, recipe.lora, copied, entry, stop, dtype_of(recipe))
     return replace(trained, adapter=trained.adapter + copy, gradients=trained.gradients + copy)
 
@@ -148,7 +148,7 @@ def role_holding(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str
     if tier == 0:
         return replace(_trained(recipe, lora_of(recipe, index), config, modules, start, stop), weights=weights)
     shared = [module for module in modules if block_of(config, module) not in own_blocks(recipe, layers)]
-    trained = _trained(recipe, recipe.lora, config, shared, start, stop)
+    trained = _on_server(recipe, _trained(recipe, recipe.lora, config, shared, start, stop))
     published = tenant_blocks(recipe, layers) != own_blocks(recipe, layers)
     return replace(trained, weights=weights, adapter=(1 + published) * trained.adapter)
 
@@ -213,7 +213,7 @@ def shard_bytes(config: PreTrainedConfig, start: int, stop: int, head: bool, dty
 
     The embedding table counts as a tied head's projection only: a shard that embeds reads its rows from the file.
     """
-    layout, shapes = layout_of(config), _weight_shapes(*_key(config))
+    layout, shapes = layout_of(config), _weight_shapes(config)
     base = layout.base + "."
 
     def held(name: str) -> bool:
@@ -230,11 +230,12 @@ def shard_bytes(config: PreTrainedConfig, start: int, stop: int, head: bool, dty
 
 def largest_matrix(config: PreTrainedConfig, start: int, stop: int) -> int:
     """Numbers of the largest matrix in blocks `start` to `stop - 1`; 0 without blocks."""
-    return max(map(math.prod, _matrices(config, start, stop)), default=0)
+    return max(map(math.prod, block_matrices(config, start, stop)), default=0)
 
 
-def _matrices(config: PreTrainedConfig, start: int, stop: int) -> list[torch.Size]:
-    layout, shapes = layout_of(config), _weight_shapes(*_key(config))
+def block_matrices(config: PreTrainedConfig, start: int, stop: int) -> list[torch.Size]:
+    """The shapes of all matrices in blocks `start` to `stop - 1`."""
+    layout, shapes = layout_of(config), _weight_shapes(config)
     inside = {name: shape for name, shape in shapes.items() if name.startswith(f"{layout.base}.{layout.blocks}.")}
     return [shape for name, shape in inside.items() if len(shape) > 1 and start <= block_of(config, name) < stop]
 
@@ -265,6 +266,12 @@ def _trained(
     return Price(adapter=adapter, gradients=adapter, optimizer=optimizer)
 
 
+def _on_server(recipe: Recipe, trained: Price) -> Price:
+    """With what a spread optimiser holds beside its state."""
+    copies = SPREAD if recipe.server.zero.stage in (1, 2) else 0
+    return replace(trained, optimizer=trained.optimizer + copies * trained.adapter)
+
+
 def _shapes(
     config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str], start: int, stop: int
 ) -> list[torch.Size]:
@@ -274,11 +281,7 @@ def _shapes(
 
 def shapes_of(config: PreTrainedConfig, lora: LoraRecipe, modules: Sequence[str]) -> dict[str, torch.Size]:
     """The tensors of an adapter of the whole model, by their names in an adapter file."""
-    return _adapter_shapes(*_key(config), lora.model_dump_json(), tuple(modules)) if modules else {}
-
-
-def _key(config: PreTrainedConfig) -> tuple[str, Callable[..., Any]]:
-    return config.to_json_string(), type(config).from_dict
+    return adapter_shapes(config, lora, modules) if modules else {}
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -287,15 +290,8 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
     return dtype
 
 
-@lru_cache(maxsize=32)
-def _adapter_shapes(
-    config_json: str, from_dict: Callable[..., Any], lora_json: str, modules: tuple[str, ...]
-) -> dict[str, torch.Size]:
-    return adapter_shapes(from_dict(json.loads(config_json)), LoraRecipe.model_validate_json(lora_json), modules)
-
-
-@lru_cache(maxsize=8)
-def _weight_shapes(config_json: str, from_dict: Callable[..., Any]) -> dict[str, torch.Size]:
+@remembered(8)
+def _weight_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Every parameter of the whole model, a tied projection as well as the table."""
-    model = meta_model(from_dict(json.loads(config_json)), torch.float32)
+    model = meta_model(config, torch.float32)
     return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -6,11 +6,9 @@ inside themselves is not.
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig
 
-from splitllm.model.graphs import Work, bytes_by_block, inputs_of, precision, staged
+from splitllm.model.graphs import Work, inputs_of, kept_by_layer, precision, staged
+from splitllm.model.keyed import remembered
 from splitllm.model.lora import block_of
 
 
@@ -33,7 +32,7 @@ def passing_bytes(config: PreTrainedConfig, work: Work) -> int:
         return 0
     layer = _alike(config, work)
     block = replace(work, start=layer, stop=layer + 1, checkpointing=False)
-    return _passing(config.to_json_string(), type(config).from_dict, block)
+    return _passing(config, block)
 
 
 def _alike(config: PreTrainedConfig, work: Work) -> int:
@@ -49,11 +48,10 @@ def _alike(config: PreTrainedConfig, work: Work) -> int:
     return next((layer for layer in range(1, last) if kind(layer) == kind(last)), last)
 
 
-@lru_cache(maxsize=256)
-def _passing(config_json: str, from_dict: Callable[..., Any], work: Work) -> int:
-    config = from_dict(json.loads(config_json))
-    (kept,) = bytes_by_block(config, work)
-    with staged(config, work) as stage:
+@remembered(256)
+def _passing(config: PreTrainedConfig, work: Work) -> int:
+    with staged(config, work, (work.start,)) as stage:
+        kept = kept_by_layer(stage, config, work)[work.start]
         return _alive(lambda hidden_BSD: stage.run(work.start, hidden_BSD), config, work) - kept
 
 

@@ -7,12 +7,8 @@ real loader. A family whose cut is not exact is refused by name, before real wei
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -22,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from splitllm.checkpoint import writing
 from splitllm.errors import FamilyError, SplitLLMError
 from splitllm.model.families import layout_of
+from splitllm.model.keyed import remembered
 from splitllm.model.loading import Checkpoint, quiet_transformers
 from splitllm.model.shard import Shard
 
@@ -43,18 +40,18 @@ def admit(config: PreTrainedConfig, attention: str | None = None, *, packed: boo
         FamilyError: it does not, or no twin can be built; the message names the family and the reason.
     """
     layout_of(config)
-    reason = _verdict(config.to_json_string(), type(config).from_dict, attention, packed)
+    reason = _verdict(config, attention, packed)
     if reason:
         raise FamilyError(f"model.base: {config.model_type} cannot be cut: {reason}")
 
 
-@lru_cache(maxsize=64)
-def _verdict(config_json: str, from_dict: Callable[..., Any], attention: str | None, packed: bool) -> str | None:
+@remembered(64)
+def _verdict(config: PreTrainedConfig, attention: str | None, packed: bool) -> str | None:
     """Why the family is refused, or None."""
     state = torch.random.get_rng_state()
     try:
         with quiet_transformers():
-            return _compare(twin_config(from_dict(json.loads(config_json))), attention, packed)
+            return _compare(twin_config(config), attention, packed)
     except SplitLLMError as error:
         return f"its twin does not load: {error}".replace("\n", "; ")
     except (

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from splitllm.model.families import layout_of
+from splitllm.model.keyed import remembered
 from splitllm.model.lora import block_of
 from splitllm.model.quantized import BLOCK, COMPUTE, OUTER_BLOCK
 from splitllm.model.quantizing import widths
@@ -40,14 +37,14 @@ def saved_bytes(
     """By how much the weights of blocks `start` to `stop - 1` are smaller than in `dtype`."""
     if how is None:
         return 0
-    shapes = _linear_shapes(config.to_json_string(), type(config).from_dict)
+    shapes = _linear_shapes(config)
     held = [shape for name, shape in shapes.items() if start <= block_of(config, f"{name}.") < stop]
     return sum(math.prod(shape) * dtype.itemsize - quantized_bytes(shape, how) for shape in held)
 
 
 def scratch_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """What one product takes while it runs: the largest weight of a block, in the dtype of the product."""
-    shapes = _linear_shapes(config.to_json_string(), type(config).from_dict)
+    shapes = _linear_shapes(config)
     return max(map(math.prod, shapes.values())) * dtype.itemsize
 
 
@@ -59,10 +56,9 @@ def decoded_bytes(recipe: Recipe, config: PreTrainedConfig, tier: str) -> int:
     return scratch_bytes(config, COMPUTE[how.compute_dtype or ("bfloat16" if half else recipe.model.dtype)])
 
 
-@lru_cache(maxsize=8)
-def _linear_shapes(config_json: str, from_dict: Callable[..., Any]) -> dict[str, tuple[int, int]]:
+@remembered(8)
+def _linear_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
     """Width out and width in of every linear layer inside the blocks."""
-    config = from_dict(json.loads(config_json))
     layout, found = layout_of(config), {}
     for name, module in meta_model(config, torch.float32).named_modules():
         if isinstance(module, nn.Linear | Conv1D) and name.startswith(f"{layout.base}.{layout.blocks}."):

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from splitllm.recipe.schema import QuantizationRecipe, Recipe
 
 METHODS = ("nf4", "int8")
-SHORT_FORM = "nf4 or int8 for all tiers, or a mapping of tiers, such as {edge: nf4}"
+SHORT_FORM = "nf4 or int8 for all tiers, a mapping of tiers, such as {edge: nf4}, or {} for none"
+SHORT_FORM_OF_TIER = "nf4 or int8, or a mapping such as {method: nf4, double: true}"
 
 
 def for_all_tiers(recipe: Any) -> Any:
@@ -35,15 +36,19 @@ def quantization_misfits(recipe: Recipe) -> Iterator[Misfit]:
             continue
         if how.double and how.method != "nf4":
             yield ("quantization",), f"{place}.double: true is for nf4, not {how.method}; leave it out"
-        yield from _model_misfits(recipe, tier, place)
+        yield from _dora_misfits(recipe, tier, place)
+    yield from _dtype_misfits(recipe)
     yield from _cut_misfits(recipe)
 
 
-def _model_misfits(recipe: Recipe, tier: str, place: str) -> Iterator[Misfit]:
-    if recipe.model.dtype == "float64":
-        why = "has no products in float64"
-        advice = "use model.dtype: float32 or bfloat16, or leave this tier out"
-        yield ("quantization", "model.dtype"), f"{place}: bitsandbytes {why}; {advice}"
+def _dtype_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    if recipe.quantization and recipe.model.dtype == "float64":
+        why = f"has no products in float64, which are asked for on {', '.join(recipe.quantization)}"
+        advice = "use model.dtype: float32 or bfloat16, or quantization: {}"
+        yield ("quantization", "model.dtype"), f"quantization: bitsandbytes {why}; {advice}"
+
+
+def _dora_misfits(recipe: Recipe, tier: str, place: str) -> Iterator[Misfit]:
     if recipe.lora.dora and (recipe.lora.tiers is None or tier in recipe.lora.tiers):
         why = "takes the norms of frozen weights, which are others once these are quantised"
         advice = "use lora.dora: false, or leave this tier out"

@@ -57,17 +57,20 @@ def _interval_misfits(recipe: Recipe) -> Iterator[Misfit]:
         yield keys, f"rounds.edge_every: {edge} is of tiers between clients and top, and there is none; leave it out"
         return
     if isinstance(edge, tuple) and len(edge) != levels:
-        yield keys, f"rounds.edge_every: {list(edge)} has {len(edge)}; {levels} tiers lie between clients and {above}"
+        tiers = f"the tiers between clients and {above} ({', '.join(list(recipe.split.tiers)[1 : levels + 1])})"
+        advice = f"give {levels}, such as {[edge[0]] * levels}, or one number for all"
+        yield keys, f"rounds.edge_every: {list(edge)} has {len(edge)} for {tiers}; {advice}"
         return
     if rounds.cloud_every is None:
         yield ("rounds.cloud_every",), "rounds.cloud_every: missing; give the steps between rounds of all, such as 20"
         return
     found = intervals(recipe)
-    for low, high in pairwise(found):
+    for level, (low, high) in enumerate(pairwise(found), start=2):
         if high % low:
-            keys = ("rounds.edge_every", "rounds.cloud_every")
-            why = "a round further up takes in those below it"
-            yield keys, f"rounds: {high} steps are no multiple of the {low} of the tier below; {why}"
+            key = "rounds.cloud_every" if level == len(found) else "rounds.edge_every"
+            why = f"is no multiple of the {low} of the tier below, whose rounds it takes in"
+            advice = f"use {' or '.join(str(low * times) for times in (high // low, high // low + 1) if times)}"
+            yield ("rounds.edge_every", "rounds.cloud_every"), f"{key}: {high} {why}; {advice}"
 
 
 def _rule_misfits(recipe: Recipe) -> Iterator[Misfit]:

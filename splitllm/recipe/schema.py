@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
@@ -40,7 +41,7 @@ from splitllm.recipe.kinds import (
     mapping_of,
 )
 from splitllm.recipe.misfits import covered, misfits
-from splitllm.recipe.quantization import METHODS, SHORT_FORM, for_all_tiers
+from splitllm.recipe.quantization import METHODS, SHORT_FORM, SHORT_FORM_OF_TIER, for_all_tiers
 from splitllm.recipe.roles import find_role
 
 Rule = Literal[
@@ -210,7 +211,7 @@ class ServerRecipe(Section):
     """How servers compute what their clients send. `tokens` are positions of a batch, padding included.
 
     With `continuous` what clients have in common steps after the steps of `step_tenants` clients (null: of as many as
-    there are), or after `step_tokens` tokens. So many `processes` of `accelerate launch` are one server.
+    the server has), or after `step_tokens` tokens. So many `processes` of `accelerate launch` are one server.
     """
 
     batching: Literal["none", "synchronous", "continuous"] = "none"
@@ -302,8 +303,8 @@ class QuantizationRecipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _method_alone(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in METHODS:
-            raise PydanticCustomError("allowed", "nf4 or int8, or a mapping such as {method: nf4, double: true}")
+        if not isinstance(value, dict | NoneType | QuantizationRecipe) and value not in METHODS:
+            raise PydanticCustomError("allowed", "{allowed}", {"allowed": SHORT_FORM_OF_TIER})
         return {"method": value} if isinstance(value, str) else value
 
 

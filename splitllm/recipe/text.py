@@ -90,8 +90,8 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
 
 
 def shown(value: object) -> str:
-    """`value` for a message: on one line, at most about 80 characters."""
-    text = repr(value)
+    """`value` for a message: on one line, at most about 80 characters; null, true and false as YAML has them."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

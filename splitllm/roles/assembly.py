@@ -266,7 +266,7 @@ class Assembly:
     def worker(self, tier: int, index: int) -> Worker:
         """One role's shard with its adapters; roles that hold the same blocks share the frozen weights."""
         name, bounds = self._role(tier, index), self.bounds[self._role(tier, index)]
-        shard = self._bases.shard(tier, bounds)
+        shard = self._bases.shard(tier, bounds, alone=self._alone(tier, bounds))
         trains = self._adapters.of_client(shard, index) if tier == 0 else self._adapters.of_server(shard, name)
         if self.recipe.train.activation_checkpointing:
             shard.checkpoint_activations()
@@ -277,6 +277,10 @@ class Assembly:
         self._bases.settle(tier, bounds, shard)
         self.roles.workers.setdefault(self.tiers[tier], {})[name] = worker
         return worker
+
+    def _alone(self, tier: int, bounds: tuple[int, int]) -> bool:
+        """Whether one role only of a tier holds these blocks."""
+        return sum(self.bounds[self._role(tier, index)] == bounds for index in range(self.counts[tier])) == 1
 
     def rounds(
         self, name: str, level: int, worker: Worker | None, entries: Mapping[int, int], lane: int | None = None

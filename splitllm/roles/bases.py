@@ -32,13 +32,18 @@ class Bases:
     _read: dict[tuple[int, Bounds], Shard] = field(default_factory=dict)
     _partitioned: dict[tuple[int, Bounds], Partitioned] = field(default_factory=dict)
 
-    def shard(self, tier: int, bounds: Bounds) -> Shard:
+    def shard(self, tier: int, bounds: Bounds, *, alone: bool) -> Shard:
         """The shard of one role, which is its own but for the weights.
+
+        Args:
+            tier: of the role.
+            bounds: its first block, and one past its last.
+            alone: no other role of the tier has these, and all of it is its own.
 
         Raises:
             RecipeError: the engine of its tier is not installed, or has no folder for its files.
         """
-        if self._by_fsdp(tier):
+        if alone or self._by_fsdp(tier):
             return self._cut(tier, bounds)
         if (tier, bounds) not in self._read:
             self._read[tier, bounds] = self._cut(tier, bounds)

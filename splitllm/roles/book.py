@@ -80,6 +80,11 @@ class Merged:
     version: int
 
 
+def still_there(members: Mapping[str, Sequence[int]], over: set[int]) -> list[str]:
+    """Members of which something may still come: not all clients that they stand for are over."""
+    return [name for name, clients in members.items() if not over.issuperset(clients)]
+
+
 class Above(Protocol):
     """The rounds of the server above."""
 
@@ -146,7 +151,7 @@ class Book:
     ) -> None:
         self.rounds, self._keep, self._device, self._stop = rounds, keep, device, stop
         self._above, self._shared, self._differences = above, shared, differences
-        self.number, self.history, self._handed = 0, History(), False
+        self.number, self.history, self._handed, self._kept_own = 0, History(), False, 0
         self.reports: Reports = []
         self._since: dict[int, float] = {}
         self._sent: tuple[int, Tensors] | None = None
@@ -157,6 +162,14 @@ class Book:
     def given(self, steps: int) -> Tensors | None:
         """What was handed out last of that which members bring after so many steps; None: nothing yet."""
         return self.rounds.handed(steps, max(self.rounds.stops.values())) if self._handed else None
+
+    def of_late(self, steps: int, number: int) -> Verdict:
+        """What a member hears that comes after its round: what was handed out then or since, if that was not void.
+
+        Reports are of the last round alone, where whoever was to tell of it may have been lost.
+        """
+        value = self.given(steps) if number <= self.number - self._kept_own else None
+        return Verdict(value, self.reports if number == self.number else [], self._version)
 
     async def kept(self) -> None:
         """Wait until what was made last is on disk."""
@@ -197,6 +210,7 @@ class Book:
                 self.rounds.averager.handed_out(value)
                 self._handed = True
             self.number, self.reports = self.number + 1, [report]
+            self._kept_own = self._kept_own + 1 if value is None else 0  # rounds in a row
             await self._write()
         return Verdict(value, self.reports, self._version)
 
@@ -259,6 +273,7 @@ class Book:
         values = {
             "number": self.number,
             "handed": self._handed,
+            "kept_own": self._kept_own,
             "version": self._version,
             "since": {str(client): count for client, count in self._since.items()},
             "sent": None if self._sent is None else self._sent[0],
@@ -276,6 +291,7 @@ class Book:
         self._sent = None if values["sent"] is None else (int(values["sent"]), sent)
         self._base = base or self._base
         self.number, self._version, self._handed = values["number"], values["version"], values["handed"]
+        self._kept_own = values["kept_own"]
         self._since = {int(client): float(count) for client, count in values["since"].items()}
         self.history, self.reports = from_json(values["history"]), list(values["reports"])
 

@@ -17,7 +17,7 @@ from splitllm.errors import AverageError, DivergedError
 from splitllm.federated.rounds import Tensors, Update
 from splitllm.policy import staleness as policy
 from splitllm.policy.staleness import Buffered
-from splitllm.roles.book import Arrival, Keep, Verdict
+from splitllm.roles.book import Arrival, Keep, Verdict, still_there
 from splitllm.roles.device import Device
 from splitllm.roles.outcomes import Outcome
 from splitllm.roles.rounds import Rounds
@@ -30,13 +30,11 @@ class BufferedHall:
     """Of the top.
 
     Args:
-        rounds: its part in rounds, which averages.
+        rounds: its part in rounds, which averages. The recipe has a `rounds.buffer.size`: updates that are a step; with
+            fewer members as many as there are.
         members: name -> the clients below it.
         keep: where it is kept; what is there is taken over.
         device: where averages are computed.
-        size: updates that are a step; with fewer members as many as there are.
-        oldest: versions, beyond which an update is dropped; None: none is.
-        discount: how much an update counts that began from an older version.
         observe: told of every step.
     """
 
@@ -46,20 +44,20 @@ class BufferedHall:
         members: Mapping[str, Sequence[int]],
         keep: Keep,
         device: Device,
-        *,
-        size: int,
-        oldest: int | None,
-        discount: str,
         observe: Callable[[int, list[dict[str, Any]]], None],
     ) -> None:
         self.rounds, self._members, self._keep, self._device = rounds, dict(members), keep, device
-        self._discount, self._observe = discount, observe
+        self._observe, self._rule = observe, rounds.recipe.rounds.buffer
         self._over, self._tasks = set[int](), set[asyncio.Task[None]]()
-        self._buffer, self._ended = Buffered(min(size, len(members)), oldest), set[str]()
+        self._buffer, self._ended = self._empty(), set[str]()
         self._deltas: dict[tuple[str, int], Tensors] = {}
         self._one_at_a_time, self._changed = asyncio.Lock(), asyncio.Condition()
         if (found := keep.read()) is not None:
             self._load(*found)
+
+    def _empty(self) -> Buffered:
+        assert self._rule.size is not None, "without a size all are waited for"
+        return Buffered(min(self._rule.size, len(self._members)), self._rule.oldest)
 
     async def bring(self, arrival: Arrival) -> Verdict:
         """Take a difference, and answer with the adapter as it is; at the end of the run when all have come to it.
@@ -103,8 +101,7 @@ class BufferedHall:
             self._changed.notify_all()
 
     def _all_ended(self) -> bool:
-        there = {name for name, clients in self._members.items() if not self._over.issuperset(clients)}
-        return there <= self._ended
+        return self._ended.issuperset(still_there(self._members, self._over))
 
     async def _take(self, arrival: Arrival, *, last: bool) -> None:
         if arrival.weight:
@@ -121,7 +118,7 @@ class BufferedHall:
 
     async def _step(self, steps: int) -> None:
         inside = self._buffer.inside
-        self._buffer, step = policy.step(self._buffer, self._discount)
+        self._buffer, step = policy.step(self._buffer, self._rule.discount)
         deltas = [self._deltas.pop((one.child, one.number)) for one in inside]
         updates = list(zip([one.child for one in inside], step.shares, deltas, strict=True))
         made = await self._device.run(lambda: self._stepped(updates, step.scale))

@@ -19,7 +19,7 @@ from splitllm.policy.history import Report, recorded, utility
 from splitllm.policy.participation import Asked, Rules, select
 from splitllm.policy.rounds import Closed, Round, Waiting
 from splitllm.policy.sampling import Draw
-from splitllm.roles.book import Arrival, Book, Verdict
+from splitllm.roles.book import Arrival, Book, Verdict, still_there
 from splitllm.roles.convening import Reports
 from splitllm.roles.rounds import Rounds
 
@@ -109,7 +109,7 @@ class Hall:
     def over(self, client: int) -> None:
         """Nothing more will come of a client, nor of a member that has no other."""
         self._over.add(client)
-        gone = [name for name in self._members if name not in self._there()]
+        gone = list(self._members.keys() - self._there())
         if self._round is not None:
             self._round = policy.leave(self._round, gone)
             self.look()
@@ -117,8 +117,7 @@ class Hall:
     # Who is asked.
 
     def _there(self) -> list[str]:
-        """Members of which something may still come."""
-        return [name for name, clients in self._members.items() if not self._over.issuperset(clients)]
+        return still_there(self._members, self._over)
 
     def _under_way(self) -> Round:
         if self._round is None:
@@ -237,5 +236,4 @@ class Hall:
         logger.info(
             "late for a round", extra={"fields": {"client": arrival.name, "step": arrival.steps, "counted": False}}
         )
-        reports = self.book.reports if number == self.book.number else []  # whoever was to tell may have been lost
-        return Verdict(self.book.given(arrival.steps), reports)
+        return self.book.of_late(arrival.steps, number)

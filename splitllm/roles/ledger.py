@@ -7,9 +7,9 @@ What the allocator leaves unused was measured (docs/benchmarks/memory.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from transformers import PreTrainedConfig
 
@@ -30,6 +30,7 @@ from splitllm.model.memory import (
 )
 from splitllm.model.passing import passing_bytes
 from splitllm.model.quantized_bytes import decoded_bytes
+from splitllm.model.spread_bytes import Spread, spread_bytes
 from splitllm.policy.admission import MIB
 from splitllm.recipe import (
     Recipe,
@@ -52,6 +53,8 @@ from splitllm.wire.codecs import codec
 HOLES, MOST_HOLES = 2.0, 512 * MIB
 """What glibc leaves unused between tensors: as a multiple of what one block has alive 1.0 to 2.2 were measured, and at
 most 421 MiB, as blocks beyond 32 MiB lie apart."""
+DEEPSPEED = 20 * MIB
+"""Of an import of it, 18 MiB were measured."""
 WRITTEN = 3
 """Copies of its state that a role has while it writes its journal."""
 FEEDBACK_ITEM = 2  # bytes of a number that error feedback remembers, twice
@@ -64,6 +67,7 @@ class Parts:
     Attributes:
         process: the interpreter with all its imports, and what the checks have left.
         weights: frozen.
+        offloaded: weights and optimisers in host memory, of a server that computes elsewhere or puts them together.
         adapters: what trains, also of a server's clients.
         gradients: of the step.
         optimizer: its state.
@@ -79,6 +83,7 @@ class Parts:
 
     process: int = 0
     weights: int = 0
+    offloaded: int = 0
     adapters: int = 0
     gradients: int = 0
     optimizer: int = 0
@@ -99,7 +104,7 @@ class Parts:
     @property
     def on_device(self) -> int:
         """Of a role that computes on a device with memory of its own, what lies there."""
-        return self.total - self.process - self.messages - self.journal - self.allocator
+        return self.total - self.process - self.offloaded - self.messages - self.journal - self.allocator
 
 
 PARTS = tuple(part.name for part in fields(Parts))
@@ -127,8 +132,13 @@ class Ledger:
     def of(self, name: str) -> Parts:
         """One role as a process of its own."""
         if name not in self._found:
-            self._found[name] = replace(self._book.role(name), process=self.process)
+            self._found[name] = replace(self._book.role(name), process=self.process + self._book.engine(name))
         return self._found[name]
+
+    def files(self) -> dict[str, int]:
+        """Bytes of frozen weights that lie in files, of the roles that have some there."""
+        found = {name: self._book.spread(name).files for name in self._names}
+        return {name: size for name, size in found.items() if size}
 
     def roles(self) -> dict[str, Parts]:
         """Every role as a process of its own, bottom up."""
@@ -145,7 +155,8 @@ class Ledger:
     def together(self) -> Parts:
         """All roles in one process, as in `splitllm train`; of several such processes all together."""
         processes = self._book.recipe.train.processes
-        return replace(self._book.together(), process=processes * self.process)
+        engine = max(self._book.engine(name) for name in self._names)
+        return replace(self._book.together(), process=processes * self.process + engine)
 
     @property
     def apart(self) -> int:
@@ -153,7 +164,7 @@ class Ledger:
         return sum(parts.total for parts in self.roles().values())
 
 
-@dataclass
+@dataclass(eq=False)
 class _Book:
     """Works out the parts."""
 
@@ -171,8 +182,8 @@ class _Book:
         return replace(
             parts,
             activations=self._graphs(name),
-            scratch=max(self._passing(work) for work in works) + self._unpacked(name),
-            allocator=0 if self.recipe.memory_of(name) is not None else self._holes(works),
+            scratch=max(self._passing(work) for work in works) + self._unpacked(name) + self.spread(name).whole,
+            allocator=0 if self._returns(name) else self._holes(works),
             logits=self._logits(name),
             embeddings=self._embeddings(name),
             messages=max(self._micro_batches(name), self._sums(name)) + self._feedback(name),
@@ -180,7 +191,12 @@ class _Book:
             rounds=self._rounds(name).total,
         )
 
-    def _held(self, name: str) -> Parts:
+    @cached_property
+    def _held(self) -> Callable[[str], Parts]:
+        """Of a role by its name: all ask for it."""
+        return cache(self._holding)
+
+    def _holding(self, name: str) -> Parts:
         """Weights, adapters, their gradients and optimisers."""
         price = role_holding(self.recipe, self.config, self.modules, name)
         adapters, gradients, optimizer = price.adapter, price.gradients, price.optimizer
@@ -188,7 +204,28 @@ class _Book:
             own = tenant_holding(self.recipe, self.config, self.modules, name, client)
             adapters, gradients = adapters + own.adapter, gradients + own.gradients
             optimizer += own.optimizer
-        return Parts(weights=price.weights, adapters=adapters, gradients=gradients, optimizer=optimizer)
+        spread, on_host = self.spread(name), 0
+        if self.recipe.server.zero.offload_optimizer == "cpu" and tier_of(self.recipe, name)[0] > 0:
+            on_host = max(0, optimizer - adapters)  # a copy of the adapter stays beside it
+        return Parts(
+            weights=spread.device,
+            offloaded=spread.host + on_host,
+            adapters=adapters,
+            gradients=gradients,
+            optimizer=optimizer - on_host,
+        )
+
+    def spread(self, name: str) -> Spread:
+        """Where its frozen weights lie."""
+        return spread_bytes(self.recipe, self.config, name)
+
+    def engine(self, name: str) -> int:
+        """What DeepSpeed takes by being imported."""
+        return DEEPSPEED if self.recipe.server.zero.stage is not None and tier_of(self.recipe, name)[0] > 0 else 0
+
+    def _returns(self, name: str) -> bool:
+        """Whether its allocator gives back at once what is freed."""
+        return self.recipe.memory_of(name) is not None or self.spread(name).files > 0
 
     def _tenants(self, name: str) -> list[int]:
         """The clients of a server."""
@@ -196,7 +233,12 @@ class _Book:
 
     # Activations.
 
-    def _work(self, name: str, client: int) -> Work:
+    @cached_property
+    def _work(self) -> Callable[[str, int], Work]:
+        """Of a role and a client: all ask for it."""
+        return cache(self._work_of)
+
+    def _work_of(self, name: str, client: int) -> Work:
         """A client's micro-batch on a role."""
         recipe, layers = self.recipe, self.config.num_hidden_layers
         start, stop = role_bounds(recipe, layers)[name]
@@ -328,20 +370,21 @@ class _Book:
         """All but the processes: frozen weights are shared by replicas, and one role computes at a time."""
         names = [name for tier in role_names(self.recipe).values() for name in tier]
         held, rounds = [self._held(name) for name in names], [self._rounds(name) for name in names]
-        weights = sum({self._kind(name): one.weights for name, one in zip(names, held, strict=True)}.values())
+        bases = {self._kind(name): one for name, one in zip(names, held, strict=True)}
         adapters, optimizer = sum(one.adapters for one in held), sum(one.optimizer for one in held)
         copies, top = self.recipe.train.processes - 1, held[-1]
         works = {self._work(name, client) for name in names for client in self._clients(name)}
         lossy = any(codec(name).lossy for name in (self.recipe.wire.up, self.recipe.wire.down))
-        feedback = sum(self._feedback(name) for name in names)
+        feedback, whole = sum(self._feedback(name) for name in names), max(self.spread(name).whole for name in names)
         return Parts(
-            weights=weights + copies * top.weights,
+            weights=sum(one.weights for one in bases.values()) + copies * top.weights,
+            offloaded=sum(one.offloaded for one in bases.values()),
             adapters=adapters + copies * top.adapters,
             gradients=sum(one.gradients for one in held) + copies * top.gradients,
             optimizer=optimizer + copies * top.optimizer,
             activations=self._graphs_together(names),
-            scratch=(max(map(self._passing, works)) + max(map(self._unpacked, names))) * (1 + copies),
-            allocator=self._holes(works) * (1 + copies),
+            scratch=(max(map(self._passing, works)) + max(map(self._unpacked, names))) * (1 + copies) + whole,
+            allocator=0 if any(map(self._returns, names)) else self._holes(works) * (1 + copies),
             logits=max(self._logits(name) for name in names) * (1 + copies),
             embeddings=max(self._embeddings(name) for name in names),
             messages=self._crossing() * (2 if lossy else 1) + feedback,
@@ -349,8 +392,11 @@ class _Book:
             journal=adapters + optimizer,
         )
 
-    def _kind(self, name: str) -> tuple[int, tuple[int, int]]:
-        return tier_of(self.recipe, name)[0], role_bounds(self.recipe, self.config.num_hidden_layers)[name]
+    def _kind(self, name: str) -> tuple[int, ...]:
+        """Equal of those that share their weights."""
+        tier, index = tier_of(self.recipe, name)
+        bounds = role_bounds(self.recipe, self.config.num_hidden_layers)[name]
+        return tier, *bounds, *([index] if tier > 0 and self.recipe.server.fsdp else [])
 
     def _coordinator(self) -> int:
         """What a tree of whole models holds above them."""

@@ -112,14 +112,13 @@ class Rounding:
     def in_hall(self, name: str, level: int) -> Rounds:
         """What averages for all lanes of a server, which bring what is trained there as well."""
         start = self._arithmetic.sent(self._start(), scaling_of(self.recipe.lora))
-        averager = self._averager(name, level)
         return Rounds(
             self.recipe,
             name,
             level,
             None,
             self._arithmetic,
-            Averager(averager.arithmetic, averager.limits, averager.outer, start, averager.handed),
+            self._averager(name, level, start),
             scale=lambda other: scaling_of(self._lora(other)),
             block=self._block,
             blocks=averaged_blocks(self.recipe, self.config.num_hidden_layers),
@@ -182,10 +181,12 @@ class Rounding:
         rounds = self.recipe.rounds
         return Arithmetic(rounds.rule, scaling_of(self.recipe.lora), rounds.trim)
 
-    def _averager(self, name: str, level: int) -> Averager:
+    def _averager(self, name: str, level: int, start: Tensors | None = None) -> Averager:
+        """Of a server; `start` where it has to know what all started from."""
         top = level == len(intervals(self.recipe))
         rules = replace(self._rules, outer=self._rules.outer if top else None)
-        start = starting(self._start()) if rules.look_at_changes or hides(self.recipe) else {}
+        if start is None:
+            start = starting(self._start()) if rules.look_at_changes or hides(self.recipe) else {}
         return Averager(rules.arithmetic, rules.limits, rules.outer, start, self._handed(name))
 
     def _handed(self, name: str) -> Handed | None:

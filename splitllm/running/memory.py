@@ -39,6 +39,7 @@ def as_json(ledger: Ledger, free: int | None) -> dict[str, Any]:
     """
     return {
         "roles_mib": {name: mib_of(parts) for name, parts in ledger.roles().items()},
+        "in_files_mib": {name: round(size / MIB, 2) for name, size in ledger.files().items()},
         "in_one_process_mib": mib_of(ledger.together),
         "all_processes_mib": round(ledger.apart / MIB, 1),
         "free_here_mib": None if free is None else round(free / MIB, 1),
@@ -53,8 +54,14 @@ def show(ledger: Ledger, console: Console, title: str) -> None:
         console: where it goes.
         title: above it.
     """
-    for line in [title, *lines_of(rows_of(ledger))]:
+    for line in [title, *lines_of(rows_of(ledger)), *in_files(ledger)]:
         console.print(Text(line), soft_wrap=True)
+
+
+def in_files(ledger: Ledger) -> list[str]:
+    """What lies in files and not in memory, in one line, if anything does."""
+    said = ", ".join(f"{name} {size / MIB:,.1f}" for name, size in ledger.files().items())
+    return [f"frozen weights in files, MiB: {said}"] if said else []
 
 
 def rows_of(ledger: Ledger) -> dict[str, Parts]:
@@ -98,7 +105,7 @@ def _short(size: int) -> str:
 def announced(ledger: Ledger) -> list[str]:
     """The table of a run in one process: of its roles what each adds, and all of it."""
     rows = {name: replace(parts, process=0) for name, parts in rows_of(ledger).items() if name != TOGETHER}
-    return ["memory, predicted:", *lines_of({**rows, TOGETHER: ledger.together})]
+    return ["memory, predicted:", *lines_of({**rows, TOGETHER: ledger.together}), *in_files(ledger)]
 
 
 def compared(predicted: float, measured: float) -> str:

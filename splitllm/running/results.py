@@ -18,7 +18,7 @@ from splitllm.model.export import load_adapter, newest_adapter, renew_adapter, s
 from splitllm.model.lora import block_of, lora_config, matched_modules, target_modules
 from splitllm.model.naming import PREFIX, names_in_unsplit, rename_tensors
 from splitllm.model.quantizing import round_weight
-from splitllm.preflight import Plan
+from splitllm.plan import Plan
 from splitllm.recipe import LoraRecipe, QuantizationRecipe, goes_by_rounds, lora_of, own_blocks
 from splitllm.recipe.rounds import ONE_SHAPE
 from splitllm.roles.worker import TENANT

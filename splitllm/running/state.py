@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from splitllm.metrics import Metrics
-from splitllm.preflight import Plan
+from splitllm.plan import Plan
 from splitllm.recipe import Recipe
 from splitllm.roles.assembly import Roles
 from splitllm.running.world import World

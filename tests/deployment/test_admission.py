@@ -19,7 +19,8 @@ from splitllm.deployment.journal import Journal
 from splitllm.deployment.server import _serve
 from splitllm.deployment.station import Options, Station, open_station
 from splitllm.errors import PeerError, RecipeError
-from splitllm.preflight import describe, prepare
+from splitllm.plan import describe
+from splitllm.preflight import prepare
 from splitllm.recipe import Recipe, load_recipe
 from splitllm.roles.admission import admissions
 from splitllm.train import train

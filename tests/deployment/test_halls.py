@@ -149,7 +149,7 @@ AS_WELL: dict[str, Tamper] = {
     ],
 )
 def test_whatever_a_client_brings_to_a_round_the_others_hold_theirs(path: Path, tmp_path: Path, tamper: Tamper) -> None:
-    rounds = f"rounds={{{ROUNDS}, weights: examples, participation: {{deadline: 0.5}}}}"
+    rounds = f"rounds={{{ROUNDS}, weights: examples, participation: {{deadline: 0.5, minimum: 2}}}}"
     recipe = with_ports(path, *WORDS, rounds, "train.steps=6")
 
     async def test() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from splitllm import preflight
+from splitllm import plan
 from splitllm.deployment.station import Options, Station, open_station
 from splitllm.deployment.stop import Stop
 from splitllm.errors import CertificateError, RecipeError, RunInterrupted
@@ -92,7 +92,7 @@ def test_who_is_asked_to_stop_while_it_loads_stops_at_once(path: Path, tmp_path:
 def test_a_role_without_room_is_refused_before_its_folder_is_made(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "available_bytes", lambda: 0)
+    monkeypatch.setattr(plan, "available_bytes", lambda: 0)
     with pytest.raises(RecipeError, match=r"^memory of this machine: 0 MiB are free, and edge would take"):
         station(path, tmp_path / "edge")
     assert not (tmp_path / "edge").exists()

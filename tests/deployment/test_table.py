@@ -61,7 +61,7 @@ def test_a_client_tells_all_its_bytes_and_the_top_those_since_its_last_line(over
 
 
 def test_the_line_tells_the_run_as_the_top_sees_it(overview: Overview) -> None:
-    assert overview.line() == "step 0/20  loss -  - tokens/s  up 0 B, down 0 B  3 starting"
+    assert overview.line() == "step 0/20  3 starting"
     step = {"event": "step", "step": 2, "loss": 2.5, "tokens": 900, "seconds": 0.5}
     overview.note("cloud", {**step, "bytes_up": 2048, "bytes_down": 1, "clients": 1})
     assert (

@@ -67,10 +67,10 @@ def differences(plain: tuple[Any, ...], other: tuple[Any, ...]) -> list[str]:
     return found + [name for name, tensor in plain[1].items() if not torch.equal(tensor, other[1][name])]
 
 
-def servers_places(roles: Roles) -> Places:
-    """Where the weights of both server tiers lie."""
-    shards = [worker.shard for tier in ("edge", "cloud") for worker in roles.workers[tier].values()]
-    return places_of(p for shard in shards for block in shard.own_blocks() for p in block.parameters() if p.dim() > 1)
+def places_at_the_top(roles: Roles) -> Places:
+    """Where the frozen matrices of the cloud's blocks lie."""
+    blocks = roles.workers["cloud"]["cloud"].shard.own_blocks()
+    return places_of(p for block in blocks for p in block.parameters() if p.dim() > 1 and not p.requires_grad)
 
 
 def main(folder: str, *cases: str) -> None:
@@ -82,10 +82,10 @@ def main(folder: str, *cases: str) -> None:
     for case in cases:
         engine, family, mode = case.split("/")
         other = run(with_engine(family, engine, mode))
-        held = servers_places(other[2])
+        held = places_at_the_top(other[2])
         dist.barrier()
         plain = run(with_engine(family, None, mode))
-        whole = servers_places(plain[2])
+        whole = places_at_the_top(plain[2])
         lines = differences(plain, other)
         if engine in ENGINES and held.device + held.host > 0.6 * whole.device:
             lines.append(f"{held} of {whole}")

@@ -93,7 +93,10 @@ def test_a_site_whose_address_is_in_use_says_so(folder: Path, tmp_path: Path) ->
         (["rounds={exchange: 'unix:a.sock'}"], "rounds.exchange: needs rounds.replicas: local"),
         (["rounds.exchange=10.0.0.1:80"], "rounds.exchange: '10.0.0.1:80' .*unix:PATH"),
         (["rounds.exchange=unix:" + "a" * 108], "at most 107 bytes"),
-        (["rounds.edge_every=[1, 1]"], "1 tiers lie between clients and the other sites"),
+        (
+            ["rounds.edge_every=[1, 1]"],
+            r"\[1, 1\] has 2 for the tiers between clients and the other sites \(edge\); give 1, such as \[1\]",
+        ),
     ],
 )
 def test_what_a_site_cannot_be_is_refused(folder: Path, words: list[str], said: str) -> None:

@@ -105,16 +105,12 @@ def test_settings_are_kept_and_admitted(case: str) -> None:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_supported_family_is_admitted_packed_too(family: str) -> None:
-    verdict = proof._verdict.__wrapped__
-    config = CONFIGS[family]()
-    assert verdict(config.to_json_string(), type(config).from_dict, None, True) is None
-    admit(config, packed=True)
+    assert proof._verdict(CONFIGS[family](), None, True) is None
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_both_kinds_of_attention_are_admitted(attention: str) -> None:
-    config = CONFIGS["gemma3"]()
-    assert proof._verdict(config.to_json_string(), type(config).from_dict, attention, False) is None
+    assert proof._verdict(CONFIGS["gemma3"](), attention, False) is None
 
 
 @pytest.mark.parametrize("family", ["granite", "cohere"])
@@ -124,10 +120,9 @@ def test_families_without_a_row_come_in_by_their_plan(family: str) -> None:
 
 
 def test_the_proof_leaves_the_random_numbers_alone() -> None:
-    proof._verdict.cache_clear()
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    admit(CONFIGS["gpt2"]())
+    assert proof._verdict.__wrapped__(CONFIGS["gpt2"](), None, False) is None
     assert torch.equal(torch.random.get_rng_state(), before)
     with pytest.raises(FamilyError):
         admit(SETTINGS["dropout"], "no such attention")
@@ -135,13 +130,18 @@ def test_the_proof_leaves_the_random_numbers_alone() -> None:
 
 
 def test_a_proof_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    proof._verdict.cache_clear()
     admit(CONFIGS["gpt2"]())
     monkeypatch.setattr(proof, "_compare", lambda *_: pytest.fail("the twin was cut again"))
     admit(CONFIGS["gpt2"]())
 
 
 # Families that are broken on purpose.
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was proved before is proved again, and not remembered."""
+    monkeypatch.setattr(proof, "_verdict", proof._verdict.__wrapped__)
 
 
 class OddConfig(LlamaConfig):
@@ -196,32 +196,26 @@ def test_a_family_that_mixes_the_documents_of_a_row_is_refused_only_for_packing(
         admit(config, packed=True)
 
 
-def test_a_shard_that_repeats_what_comes_before_block_0_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_repeats_what_comes_before_block_0_is_refused(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def leaky(self: shard.Entry, hidden_BSD: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         assert self.hidden_BSD is not None
         return self.hidden_BSD + (hidden_BSD - self.hidden_BSD.detach())
 
-    proof._verdict.cache_clear()
     monkeypatch.setattr(shard.Entry, "forward", leaky)
     with pytest.raises(FamilyError, match="granite cannot be cut: a cut twin differs"):
         admit(CONFIGS["granite"]())  # scales its embeddings
     monkeypatch.setitem(families.FAMILIES, "gpt2", replace(families.FAMILIES["gpt2"], positions=None))
     with pytest.raises(FamilyError, match="gpt2 cannot be cut: a cut twin differs"):
         admit(CONFIGS["gpt2"]())  # adds positions
-    proof._verdict.cache_clear()
 
 
-def test_a_row_that_names_no_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    proof._verdict.cache_clear()
+def test_a_row_that_names_no_part_is_refused(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(families.FAMILIES, "llama", replace(families.STANDARD, blocks="stages"))
     with pytest.raises(FamilyError, match=r"llama cannot be cut: no small twin .*stages"):
         admit(CONFIGS["llama"]())
-    proof._verdict.cache_clear()
 
 
-def test_a_family_whose_twin_does_not_load_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    proof._verdict.cache_clear()
+def test_a_family_whose_twin_does_not_load_is_refused(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitllm.model.loading.Checkpoint.find", lambda _self, _name: None)
     with pytest.raises(FamilyError, match=r"its twin does not load: .* is missing; "):
         admit(CONFIGS["llama"]())
-    proof._verdict.cache_clear()

@@ -9,7 +9,8 @@ import pytest
 from splitllm.deployment.run import run_role
 from splitllm.deployment.up import up
 from splitllm.errors import RecipeError
-from splitllm.preflight import describe, prepare
+from splitllm.plan import describe
+from splitllm.preflight import prepare
 from splitllm.recipe import load_recipe
 from splitllm.train import train
 from tests.tiny import write_recipe

@@ -121,6 +121,11 @@ LOCAL = {  # and of every key that may differ
     "server.quota.tokens_per_second": 5.0,
     "server.quota.bytes_per_second": 5.0,
     "rounds.exchange": "unix:/other",
+    "server.zero.stage": 2,
+    "server.zero.offload_optimizer": "cpu",
+    "server.zero.offload_param": "cpu",
+    "server.zero.nvme_path": "/other",
+    "server.fsdp": True,
     "server.tenants": {"client-1": {"tokens_per_second": None, "bytes_per_second": None, "weight": 2.0}},
 }
 AT_THEIR_OWN_PACE = ["server.batching=continuous", "lora.adapters=common", "split.tiers={client: 4, edge: 1, cloud: 1}"]
@@ -143,6 +148,9 @@ TOGETHER = {  # what a key above cannot be without
     "rounds.exchange": ["rounds.replicas=local", "rounds.cloud_every=5", "rounds.exchange=unix:/one"],
     "server.step_tenants": AT_THEIR_OWN_PACE,
     "server.step_tokens": AT_THEIR_OWN_PACE,
+    "server.zero.offload_optimizer": ["server.zero.stage=2"],
+    "server.zero.offload_param": ["server.zero.stage=3"],
+    "server.zero.nvme_path": ["server.zero.stage=3", "server.zero.offload_param=nvme", "server.zero.nvme_path=/one"],
     "rounds.participation.over": [*PACED, "rounds.participation.policy=random"],
     "rounds.participation.deadline": PACED,
     "rounds.buffer.size": PACED,

@@ -20,22 +20,13 @@ MEMBERS = {"edge-0": [0, 1], "edge-1": [2, 3]}
 
 
 def top(size: int, disk: Disk | None = None, oldest: int | None = None, told: Reports | None = None) -> BufferedHall:
-    wanted = paced(4, 2, buffer={"size": size})
+    wanted = paced(4, 2, buffer={"size": size, "oldest": oldest})
 
     def observe(steps: int, reports: Reports) -> None:
         if told is not None:
             told.extend(reports)
 
-    return BufferedHall(
-        rounds_in(wanted, "cloud", 2),
-        MEMBERS,
-        disk or Disk(),
-        Inline(),
-        size=size,
-        oldest=oldest,
-        discount="polynomial",
-        observe=observe,
-    )
+    return BufferedHall(rounds_in(wanted, "cloud", 2), MEMBERS, disk or Disk(), Inline(), observe)
 
 
 def start(hall: BufferedHall) -> Tensors:

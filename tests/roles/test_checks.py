@@ -22,7 +22,7 @@ from splitllm.deployment.bounds import allowed
 from splitllm.errors import PeerError
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import matched_modules
-from splitllm.preflight import Plan
+from splitllm.plan import Plan
 from splitllm.recipe import Recipe, parent_of
 from splitllm.roles.checks import Allowed
 from splitllm.wire.message import KINDS, Message

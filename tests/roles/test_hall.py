@@ -121,6 +121,32 @@ def test_a_round_that_cannot_be_held_any_more_is_given_up_and_all_go_on_with_wha
     run(test)
 
 
+def test_who_comes_late_to_a_round_that_was_void_keeps_its_own_also_after_a_restart() -> None:
+    async def test() -> None:
+        disk, rules = Disk(), Rules("random", count=3, minimum=3)
+        hall = hall_of(paced(cloud_every=8), rules, disk)
+        asked = [client for client in range(4) if hall.asks(f"client-{client}", 0)]
+        held = [asyncio.create_task(hall.bring(brought(hall, client, 2, 1.0))) for client in asked]
+        assert {constant((await task).value) for task in held} == {1.0}
+        early, gone, late = [client for client in range(4) if hall.asks(f"client-{client}", 2)]
+        (idle,) = {0, 1, 2, 3} - {early, gone, late}
+        here = [asyncio.create_task(hall.bring(brought(hall, c, 4, 9.0, float(c == early)))) for c in (early, idle)]
+        await settled()
+        hall.over(gone)
+        assert [(await task).value for task in here] == [None, None]
+        restarted = hall_of(paced(cloud_every=8), rules, disk)
+        for one in (hall, restarted):
+            verdict = await one.bring(brought(one, late, 4, 9.0))
+            assert verdict.value is None and verdict.reports == here[0].result().reports
+            assert constant((await one.bring(brought(one, late, 2, 9.0))).value) == 1.0  # that one was not void
+        restarted.over(gone)
+        held = [asyncio.create_task(restarted.bring(brought(restarted, c, 6, 3.0))) for c in (early, idle, late)]
+        assert {constant((await task).value) for task in held} == {3.0}
+        assert constant((await restarted.bring(brought(restarted, gone, 4, 9.0))).value) == 3.0
+
+    run(test)
+
+
 def test_who_is_away_is_not_asked_for_a_new_round_and_who_comes_back_is() -> None:
     async def test() -> None:
         hall = hall_of(paced(), Rules())

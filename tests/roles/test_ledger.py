@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config
 
 from splitllm.model.heads import logits_bytes
 from splitllm.model.loading import Checkpoint
@@ -82,6 +83,55 @@ def test_replicas_in_one_process_share_their_weights_and_nothing_else() -> None:
         ("edge", ["edge-0", "edge-1"]),
         ("cloud", ["cloud"]),
     ]
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "parts": {"zero": {"stage": 3}},
+    "host": {"zero": {"stage": 3, "offload_param": "cpu"}},
+    "fsdp": {"fsdp": True},
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_are_told_where_an_engine_holds_them(engine: str) -> None:
+    asked = wanted(dtype="float32", server=ENGINES[engine])
+    roles, found, plain = roles_of(asked, corpus(2)), ledger(asked), ledger(wanted(dtype="float32"))
+    for workers in roles.workers.values():
+        for name, worker in workers.items():
+            parts, whole = found.of(name), plain.of(name)
+            assert parts.weights + parts.offloaded == worker.peak()["weights"] == whole.weights, name
+            on_host = engine == "host" and not name.startswith("client")
+            assert (parts.offloaded > 0.9 * whole.weights) == on_host or name == "cloud"
+            assert (parts.scratch > whole.scratch) == (not name.startswith("client"))
+    assert found.files() == {}
+
+
+def test_weights_in_files_are_in_no_memory() -> None:
+    sizes = {"n_layer": 6, "n_embd": 512, "n_head": 4, "n_positions": 64, "vocab_size": 61}
+    config = GPT2Config(**sizes)
+    modules = matched_modules(config, None)
+    zero = {"zero": {"stage": 3, "offload_param": "nvme", "nvme_path": "/files"}}
+    plain, found = (Ledger(wanted(dtype="float32", server=server), config, modules, 0) for server in ({}, zero))
+    matrices, largest = 12 * 512 * 512 * 4, 4 * 512 * 512 * 4  # of a block, all of them and one
+    assert found.files() == {"edge-0": 2 * matrices, "edge-1": 2 * matrices, "cloud": 2 * matrices}
+    for name in found.files():
+        assert found.of(name).weights == plain.of(name).weights - 2 * matrices
+        assert found.of(name).offloaded == 2 * largest, "buffers"
+        assert found.of(name).scratch == plain.of(name).scratch + largest
+        assert found.of(name).total - found.of(name).process < plain.of(name).total
+    assert found.together.weights + 4 * matrices == plain.together.weights
+    assert found.of("client-0") == plain.of("client-0")
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_a_spread_optimiser_is_told_with_its_copies(offload: str) -> None:
+    asked = wanted(dtype="float32", server={"zero": {"stage": 2, "offload_optimizer": offload}})
+    roles, found = roles_of(asked, corpus(2)), ledger(asked)
+    for name in ("edge-0", "cloud"):
+        worker, parts = roles.workers[name.split("-")[0]][name], found.of(name)
+        told = parts.adapters + parts.optimizer + parts.offloaded
+        assert told == pytest.approx(worker.peak()["adapter and optimiser"], rel=0.02)
+        assert (parts.offloaded > 0) == (offload == "cpu")
 
 
 def graph(asked: Recipe, start: int, stop: int, family: str = "gpt2") -> int:
@@ -162,7 +212,7 @@ def test_a_limit_of_the_tier_leaves_the_allocator_no_holes() -> None:
 def test_parts_make_the_total_on_the_device_and_beside_it() -> None:
     parts = Parts(**{part: 2**number for number, part in enumerate(PARTS)})
     assert parts.total == 2 ** len(PARTS) - 1
-    beside = parts.process + parts.messages + parts.journal + parts.allocator
+    beside = parts.process + parts.offloaded + parts.messages + parts.journal + parts.allocator
     assert parts.on_device == parts.total - beside
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from splitllm.roles.assembly import Roles
 from splitllm.roles.round_ledger import RoundsHeld, rounds_held
 from splitllm.roles.worker import Worker
 from tests.families import corpus, roles_of
+from tests.grids import cases
 from tests.roles.test_ledger import ledger, model, wanted
 
 
@@ -52,8 +54,12 @@ def test_anchors_are_as_large_as_what_trains(prox: float) -> None:
         assert held(recipe, name).anchors == anchor
 
 
-@pytest.mark.parametrize("outer", ["none", "fedavgm", "fedadam"])
-@pytest.mark.parametrize("clip", [None, 100.0])
+@pytest.mark.parametrize(
+    ("clip", "outer"),
+    cases(
+        product((None, 100.0), ("none", "fedavgm", "fedadam")), lambda clip, outer: (clip is None) == (outer == "none")
+    ),
+)
 def test_servers_keep_what_they_gave_out_and_the_top_its_moments(clip: float | None, outer: str) -> None:
     recipe = asked(clip_update=clip, outer={"name": outer})
     for name, worker in workers(run(recipe)).items():

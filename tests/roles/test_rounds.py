@@ -387,8 +387,11 @@ def test_intervals_of_several_tiers_make_rounds_of_several_levels(folder: Path) 
     [
         (["rounds.rule=fedex"], "rounds.rule: needs rounds.replicas: local; use that"),
         ([LOCAL], "rounds.cloud_every: missing"),
-        ([LOCAL, "rounds.cloud_every=3", "rounds.edge_every=2"], "3 steps are no multiple of the 2"),
-        ([LOCAL, "rounds.cloud_every=4", "rounds.edge_every=[2, 2]"], "has 2; 1 tiers lie between"),
+        ([LOCAL, "rounds.cloud_every=3", "rounds.edge_every=2"], "rounds.cloud_every: 3 is no multiple of the 2"),
+        ([LOCAL, "rounds.cloud_every=3", "rounds.edge_every=2"], "takes in; use 2 or 4"),
+        ([LOCAL, "rounds.cloud_every=1", "rounds.edge_every=2"], "takes in; use 2"),
+        ([LOCAL, "rounds.cloud_every=6", "rounds.edge_every=[2, 3]", *TREES["four tiers"]], "edge_every: 3 is no"),
+        ([LOCAL, "rounds.cloud_every=4", "rounds.edge_every=[2, 2]"], "top (edge); give 1, such as [2], or one"),
         ([LOCAL, "rounds.cloud_every=4", "split.tiers={client: 2, cloud: 1}", "split.cuts=[2]", "rounds.edge_every=2"],
          "there is none; leave it out"),
         ([LOCAL, "rounds.cloud_every=4", "lora.clients={client-0: {rank: 2}}"], "use flora, flexlora or hetlora"),
@@ -444,17 +447,22 @@ def test_only_some_clients_train_between_rounds_and_all_go_on_from_their_average
     ]
 
 
-def test_a_round_with_too_few_usable_updates_is_void_and_the_next_counts_all_steps(
-    folder: Path, tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def poison(monkeypatch: pytest.MonkeyPatch, *, step: int) -> None:
+    """Client 1 brings NaN to the round after so many steps."""
     request = LocalLink.request
 
     async def poisoned(self: LocalLink, message: Message) -> Message:
-        if message.kind == "round" and message.sender == "client-1" and message.step == 2:
+        if message.kind == "round" and message.sender == "client-1" and message.step == step:
             message = replace(message, tensors={n: torch.full_like(t, math.nan) for n, t in message.tensors.items()})
         return await request(self, message)
 
     monkeypatch.setattr(LocalLink, "request", poisoned)
+
+
+def test_a_round_with_too_few_usable_updates_is_void_and_the_next_counts_all_steps(
+    folder: Path, tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, step=2)
     least = "rounds.participation={minimum: 3}"
     adapter = run(folder, tmp_path, *TREES["two tiers"], LOCAL, "rounds.cloud_every=2", least)
     first, second = rounds_in(tmp_path / "run")
@@ -472,14 +480,7 @@ def test_where_the_last_round_is_void_what_the_one_before_gave_comes_out(
     folder: Path, tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no client's own adapter, which it has trained on since."""
-    request = LocalLink.request
-
-    async def poisoned(self: LocalLink, message: Message) -> Message:
-        if message.kind == "round" and message.sender == "client-1" and message.step == 4:
-            message = replace(message, tensors={n: torch.full_like(t, math.nan) for n, t in message.tensors.items()})
-        return await request(self, message)
-
-    monkeypatch.setattr(LocalLink, "request", poisoned)
+    poison(monkeypatch, step=4)
     least = "rounds.participation={minimum: 3}"
     adapter = run(folder, tmp_path, *TREES["two tiers"], LOCAL, "rounds.cloud_every=2", least)
     assert [report["void"] is None for report in rounds_in(tmp_path / "run")] == [True, False]

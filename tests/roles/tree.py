@@ -19,7 +19,7 @@ from splitllm.deployment.client import Member
 from splitllm.errors import RejoinError
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import matched_modules
-from splitllm.preflight import Plan
+from splitllm.plan import Plan
 from splitllm.recipe import Recipe, children_of, parent_of, role_bounds, role_names, sharing, tier_of
 from splitllm.roles.assembly import Assembly, adapter_in, batching_of, entries_of, schedule_of
 from splitllm.roles.checks import Allowed

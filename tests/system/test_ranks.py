@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ WORDS = (
     "train.eval_every=4",
     "wire.keepalive=0.25",
 )
+soaked = partial(pytest.param, marks=pytest.mark.soak)
 MODES = {
     "one by one": (),
     "together": ("server.batching=synchronous",),
@@ -72,22 +74,30 @@ def held_alone(folder: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("server", "mode"),
-    [*(("edge", mode) for mode in MODES), ("cloud", "labels at the cloud"), ("cloud", "each its own")],
+    [
+        *(("edge", mode) for mode in ("together", "dropout", "at their own pace")),
+        *(soaked(server, mode) for server in ("edge", "cloud") for mode in sorted(MODES)),
+    ],
 )
 def test_two_ranks_learn_what_one_process_learns(server: str, mode: str, tmp_path: Path) -> None:
     recipe, words = write_recipe(tmp_path), (*WORDS, *MODES[mode])
     train(load_recipe(recipe, words), tmp_path / "one")
     with deployed(recipe, tmp_path / "run", *words) as deployment:
-        ranks = Ranked(deployment, server)
-        ranks.start(2)
+        ranked = Ranked(deployment, server)
+        ranked.start(2)
         deployment.start(*(name for name in deployment.names if name != server))
         assert deployment.finish() == dict.fromkeys(deployment.names, 0), deployment.tails()
-        deployment.until(lambda: ranks.statuses() == [0, 0], "rank 1 to end")
+        deployment.until(lambda: ranked.statuses() == [0, 0], "rank 1 to end")
         assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("labels", ["client", "cloud"])
+@pytest.mark.parametrize(
+    ("engine", "labels"),
+    [
+        *((engine, "client") for engine in ("fsdp2", "zero-2, state in host memory", "zero-3 in files")),
+        *(soaked(engine, labels) for engine in ENGINES for labels in ("client", "cloud")),
+    ],
+)
 def test_two_ranks_hold_one_base_between_them(engine: str, labels: str, tmp_path: Path) -> None:
     cuts = "split.client_cuts={client-1: 2}"
     words = (*WORDS, "model.dtype=float32", "server.batching=synchronous", "lora.adapters=per_client", cuts)
@@ -111,7 +121,7 @@ def test_two_ranks_hold_one_base_between_them(engine: str, labels: str, tmp_path
             assert of_rank_0["weights"] < 0.7 * whole["weights"]
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8"])
+@pytest.mark.parametrize("method", ["nf4", soaked("int8")])
 def test_two_ranks_have_a_quantised_base_each(method: str, tmp_path: Path) -> None:
     recipe, quantised = write_recipe(tmp_path), f"quantization={{edge: {method}}}"
     words = (*WORDS, "model.dtype=float32", "server.batching=synchronous", quantised)
@@ -124,10 +134,7 @@ def test_two_ranks_have_a_quantised_base_each(method: str, tmp_path: Path) -> No
         assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < ENGINES_CLOSE
 
 
-@pytest.mark.parametrize(
-    ("engine", "kills"),
-    [(None, 2), ("fsdp2", 1), *(pytest.param(e, 10, marks=pytest.mark.soak) for e in (None, "fsdp2"))],
-)
+@pytest.mark.parametrize(("engine", "kills"), [(None, 2), ("fsdp2", 1), soaked(None, 10), soaked("fsdp2", 10)])
 def test_a_rank_that_is_killed_stops_all_and_they_go_on(engine: str | None, kills: int, tmp_path: Path) -> None:
     recipe, drawn = write_recipe(tmp_path), random.Random(time.time_ns())
     words = (*WORDS, "server.batching=synchronous", f"train.steps={20 * kills}")
@@ -151,7 +158,7 @@ def test_a_rank_that_is_killed_stops_all_and_they_go_on(engine: str | None, kill
         assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
 
 
-@pytest.mark.parametrize("engine", ["zero-2, state in host memory", "zero-3 in host memory"])
+@pytest.mark.parametrize("engine", ["zero-2, state in host memory", soaked("zero-3 in host memory")])
 def test_a_server_goes_on_with_another_number_of_ranks(engine: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     words = (*WORDS, "model.dtype=float32", "server.batching=synchronous", "train.steps=30")
@@ -189,7 +196,7 @@ def test_accelerate_launches_a_server_and_who_waits_does_not_spin(tmp_path: Path
         assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < CLOSE
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, soaked(0)])
 def test_accelerate_ends_all_when_a_rank_is_killed(rank: int, tmp_path: Path) -> None:
     recipe, words = write_recipe(tmp_path), (*WORDS, "train.steps=2000")
     with deployed(recipe, tmp_path / "run", *words) as deployment:
