@@ -151,6 +151,7 @@ def describe(plan: Plan) -> list[str]:
         + _common(plan),
         *([f"quantization: {quantization_line(recipe)}"] if recipe.quantization else []),
         f"server.batching: {recipe.server.batching}" + _without_effect(recipe.server),
+        *_spread(recipe.server),
         *lines_of(recipe, plan.admissions),
         "data:",
         *shares,
@@ -181,6 +182,20 @@ def _without_effect(server: ServerRecipe) -> str:
     if server.batching == "continuous" or not set_:
         return ""
     return f" (nothing comes of {', '.join(f'server.{key}' for key in set_)}, which are for continuous)"
+
+
+def _spread(server: ServerRecipe) -> list[str]:
+    """What the processes of a server share, where they share more than one process has to."""
+    zero = server.zero
+    engine = "server.fsdp" if server.fsdp else f"server.zero.stage: {zero.stage}" if zero.stage is not None else None
+    if engine is None and server.processes == 1:
+        return []
+    spread = ["rows of batches"] if server.processes > 1 else []
+    if engine is not None:
+        what = "optimiser states" if zero.stage in (1, 2) else "frozen matrices"
+        alone = server.processes == 1 and zero.offload_param == zero.offload_optimizer == "none"
+        spread.append(f"{what} by {engine}" + (", which saves nothing in one process" if alone else ""))
+    return [f"server.processes: {server.processes}, with {' and '.join(spread)}"]
 
 
 def _client_lines(plan: Plan) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 from splitllm.deployment.run import run_role
 from splitllm.deployment.up import up
 from splitllm.errors import RecipeError
+from splitllm.plan import describe
 from splitllm.preflight import prepare
 from splitllm.recipe import load_recipe
 from splitllm.train import train
@@ -88,3 +89,23 @@ def test_half_precision_by_accelerate_is_refused_as_that_of_the_recipe_is(
     ):
         prepare(load_recipe(recipe, ["server.fsdp=true"]), data=False)
     prepare(load_recipe(recipe, ["server.fsdp=true", "train.mixed_precision=no"]), data=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), []),
+        ((*TWO, *dropping(0, 0, "none")), ["server.processes: 2, with rows of batches"]),
+        (
+            ("server.fsdp=true",),
+            ["server.processes: 1, with frozen matrices by server.fsdp, which saves nothing in one process"],
+        ),
+        (
+            (*TWO, "server.zero={stage: 2, offload_optimizer: cpu}"),
+            ["server.processes: 2, with rows of batches and optimiser states by server.zero.stage: 2"],
+        ),
+    ],
+)
+def test_validate_tells_what_is_spread(words: tuple[str, ...], said: list[str], tmp_path: Path) -> None:
+    told = describe(prepare(load_recipe(write_recipe(tmp_path), words)))
+    assert [line for line in told if line.startswith("server.processes")] == said
