@@ -120,8 +120,9 @@ class Partitioned:
             return
         self.release()
         parts = _parts_of(module)
-        self._gathered = self._deepspeed.zero.GatheredParameters(parts)
-        self._gathered.__enter__()
+        gathered = self._deepspeed.zero.GatheredParameters(parts)
+        gathered.__enter__()
+        self._gathered = gathered
         self._whole, self._pointers = module, {part.untyped_storage().data_ptr(): part for part in parts}
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
