@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from splitllm.recipe import OptimizerRecipe, ZeroRecipe
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 Slots = dict[str, torch.Tensor]
-Tell = Callable[[str, float, Sequence[torch.Tensor]], None]
+Tell = Callable[[str, float, Sequence[torch.Tensor]], AbstractContextManager[object]]
 IN_STEP = threading.RLock()
 """Held from what is told until it is done, so that all ranks do it in one order."""
 
@@ -36,7 +37,7 @@ class SpreadAdamW:
 
     Attributes:
         state: parameter -> `step`, `exp_avg` and `exp_avg_sq`, whole, as torch's AdamW has them.
-        tell: called on rank 0 with what the other ranks have to do at the same time.
+        tell: called on rank 0 with what the other ranks have to do at the same time; done inside what it returns.
 
     Raises:
         RecipeError: DeepSpeed is not installed.
@@ -55,9 +56,12 @@ class SpreadAdamW:
         )
         device = self._parameters[0].device
         self._library, ranks = library(zero, device), join_group(device)
+        numbers = sum(copy.numel() for copy in self._copies)
         with rank_of(device):
             self._engine, *_ = self._library.initialize(
-                model=nn.ParameterList(self._copies), optimizer=self._client, config=_configuration(zero, ranks)
+                model=nn.ParameterList(self._copies),
+                optimizer=self._client,
+                config=_configuration(zero, ranks, numbers),
             )
         self._set_rates(0.0)
         self._step([torch.zeros_like(copy) for copy in self._copies])  # from the first step on there is a state
@@ -83,8 +87,8 @@ class SpreadAdamW:
             values = [parameter.detach() for parameter in self._parameters]
             found = [gradient for gradient in gradients if gradient is not None]
             rate = self.param_groups[0]["lr"]
-            self.tell("step", rate, [*values, *found])
-            self._step_from(rate, [*values, *found])
+            with self.tell("step", rate, [*values, *found]):
+                self._step_from(rate, [*values, *found])
             for parameter, copy in zip(self._parameters, self._copies, strict=True):
                 parameter.data.copy_(copy.data)
 
@@ -100,8 +104,8 @@ class SpreadAdamW:
             if not self._steps:
                 return {}
             if self._known is None:
-                self.tell("gather", 0.0, [])
-                self._known = self._gather(0.0, [])
+                with self.tell("gather", 0.0, []):
+                    self._known = self._gather(0.0, [])
             return {STEP: torch.tensor(float(self._steps)), **self._known[self._place(parameter)]}
 
     def set_slots(self, parameter: nn.Parameter, slots: Mapping[str, torch.Tensor]) -> None:
@@ -130,8 +134,8 @@ class SpreadAdamW:
             slots = self._waiting[parameter]
             moments += [slots[key] if slots else torch.zeros_like(parameter) for key in MOMENTS]
         self._waiting, (taken,) = {}, steps
-        self.tell("settle", taken, moments)
-        self._settle(taken, moments)
+        with self.tell("settle", taken, moments):
+            self._settle(taken, moments)
 
     def follow(self, action: str, number: float, tensors: Sequence[torch.Tensor]) -> None:
         """Do what rank 0 does.
@@ -185,8 +189,9 @@ class SpreadAdamW:
         return next(place for place, each in enumerate(self._parameters) if each is parameter)
 
 
-def _alone(_action: str, _number: float, _tensors: Sequence[torch.Tensor]) -> None:
+def _alone(_action: str, _number: float, _tensors: Sequence[torch.Tensor]) -> AbstractContextManager[object]:
     """There is no other rank."""
+    return nullcontext()
 
 
 class _State:
@@ -205,8 +210,9 @@ class _State:
         self._optimizer.set_slots(parameter, slots)
 
 
-def _configuration(zero: ZeroRecipe, ranks: int) -> dict[str, Any]:
+def _configuration(zero: ZeroRecipe, ranks: int, numbers: int) -> dict[str, Any]:
     stage: dict[str, Any] = {"stage": zero.stage}
+    stage["reduce_bucket_size"] = numbers  # taken in every backward; by default 5e8 numbers, whatever is trained
     if zero.offload_optimizer != "none":
         stage["offload_optimizer"] = {"device": zero.offload_optimizer}
     return {

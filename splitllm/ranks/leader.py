@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -142,10 +143,15 @@ class Leader:
             self._add_gradients(told, {run.asks[part.ask].rows.micro_batch.client for part in share})
         return self._inputs(run, wanted, found)
 
-    def _tell(self, key: str, action: str, number: float, tensors: Sequence[torch.Tensor]) -> None:
-        """What the other ranks do with their part of an optimiser's state; they do not answer."""
+    @contextmanager
+    def _tell(self, key: str, action: str, number: float, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """What the other ranks do with their part of an optimiser's state, while this one does; they do not answer."""
         for rank in self._others:
             self._peers.send(rank, {"order": "optimize", "key": key, "action": action, "number": number}, tensors)
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._peers.failed(error) from error
 
     def _order_forward(self, number: int, asks: Sequence[Ask], shares: list[list[Part]], *, graph: bool) -> None:
         changed = self._changed({ask.rows.micro_batch.client for ask in asks})
