@@ -144,7 +144,8 @@ def initial_a(name: str, shape: Sequence[int], seed: int) -> torch.Tensor:
     """
     start = torch.empty(tuple(shape), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed_of("lora_A", seed, name))
-    return nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+    with BUILDING:  # elsewhere a model may be built meanwhile, without initial values
+        return nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
 
 
 def scaling_of(lora: LoraRecipe) -> float:

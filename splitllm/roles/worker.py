@@ -303,7 +303,9 @@ class Worker:
         if not graph or positions <= self._largest:
             return nullcontext()
         self._largest, self._activations = positions, 0
-        seen: set[int] = set()
+        adapters = [*self.own.values(), *self.lent.values()]
+        held = [*self.shard.parameters(), *(p for each in adapters for p in each.parameters.values())]
+        seen = {parameter.untyped_storage().data_ptr() for parameter in held}  # some views name no base
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage, weight = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base

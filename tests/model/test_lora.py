@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,21 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from splitllm import Shard
 from splitllm.errors import RecipeError
 from splitllm.model.loading import Checkpoint, quiet_transformers
-from splitllm.model.lora import adapter_parameters, add_lora, block_of, lora_config, matched_modules, target_modules
+from splitllm.model.lora import (
+    adapter_parameters,
+    add_lora,
+    block_of,
+    initial_a,
+    lora_config,
+    matched_modules,
+    target_modules,
+)
+from splitllm.model.shard import BUILDING
 from splitllm.recipe import LoraRecipe
 from tests.families import CONFIGS, TARGETS, checkpoint_folder
 
@@ -157,3 +169,20 @@ def test_names_and_shapes_are_those_of_pefts_own_file(family: str, kind: str, tm
     for name, tensor in theirs.items():
         if "magnitude" in name:  # DoRA's is not random: the norm of the frozen weight's columns
             torch.testing.assert_close(ours[name], tensor, rtol=1e-12, atol=0)
+
+
+def test_initial_values_are_drawn_where_another_thread_builds_a_model_without_any() -> None:
+    expected, building, drawn = initial_a("a", (4, 8), 0), threading.Event(), threading.Event()
+
+    def build() -> None:
+        with BUILDING, no_init_weights():
+            building.set()
+            drawn.wait(0.3)  # as long as nobody may draw meanwhile
+
+    with ThreadPoolExecutor(1) as pool:
+        built = pool.submit(build)
+        assert building.wait(10)
+        found = initial_a("a", (4, 8), 0)
+        drawn.set()
+        built.result()
+    assert torch.equal(found, expected)
