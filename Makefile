@@ -54,6 +54,7 @@ quickstart: setup  ## the main job, offline: a split fine-tune, an adapter at th
 test: setup  ## the fast tests
 	$(OFFLINE) $(BIN)/pytest -q -m "not system and not soak" -n $(WORKERS) --dist worksteal $(ARGS)
 
+operators test test-system soak: export CXX := $(CURDIR)/scripts/quick-g++
 operators: setup  ## compile what DeepSpeed needs for files, once
 	$(BIN)/python scripts/compile_operators.py
 
