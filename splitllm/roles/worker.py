@@ -305,7 +305,8 @@ class Worker:
         self._largest, self._activations = positions, 0
         adapters = [*self.own.values(), *self.lent.values()]
         held = [*self.shard.parameters(), *(p for each in adapters for p in each.parameters.values())]
-        seen = {parameter.untyped_storage().data_ptr() for parameter in held}  # some views name no base
+        whole = [parameter for parameter in held if not hasattr(parameter, "to_local")]  # FSDP2's have no storage
+        seen = {parameter.untyped_storage().data_ptr() for parameter in whole}  # some views name no base
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage, weight = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
