@@ -59,8 +59,10 @@ def rounds_of(run: Path) -> list[dict[str, Any]]:
     "options",
     [
         (),
-        ("split.client_cuts={client-1: 2, client-2: 2}", "split.cuts=[1, 3]"),
-        ("rounds.rule=ffa", "rounds.outer={name: fedavgm, lr: 0.7}", "rounds.prox=0.1"),
+        pytest.param(("split.client_cuts={client-1: 2, client-2: 2}", "split.cuts=[1, 3]"), marks=pytest.mark.soak),
+        pytest.param(
+            ("rounds.rule=ffa", "rounds.outer={name: fedavgm, lr: 0.7}", "rounds.prox=0.1"), marks=pytest.mark.soak
+        ),
         ("rounds.rule=hetlora", "lora.clients={client-1: {rank: 2}}", "rounds.weights=equal"),
     ],
     ids=["one cut", "two cuts", "outer", "ranks"],

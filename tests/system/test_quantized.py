@@ -29,7 +29,7 @@ WORDS = (
 )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.soak)])
 def test_processes_give_the_adapter_of_one_process_though_servers_are_killed(tmp_path: Path, family: str) -> None:
     recipe = write_recipe(tmp_path, family)
     train(load_recipe(recipe, WORDS), tmp_path / "one")
