@@ -83,6 +83,7 @@ def test_ctrl_c_then_kills_then_the_end(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.soak
 def test_a_kill_before_the_first_checkpoint_costs_only_time(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     process = start(tmp_path, "train.checkpoint_every=1000")

@@ -64,7 +64,8 @@ def until_all_did(deployment: Deployment, step: int) -> None:
     deployment.until(lambda: min(last_steps(deployment).values()) >= step, f"step {step} of all", every=0.02)
 
 
-@pytest.mark.parametrize("labels", ["client", pytest.param("cloud", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("labels", ["client", "cloud"])
+@pytest.mark.soak
 def test_whoever_is_killed_every_client_learns_what_it_learns_undisturbed(labels: str, tmp_path: Path) -> None:
     recipe, drawn = write_recipe(tmp_path), random.Random(time.time_ns())
     words = (*TRAIN, *PER_CLIENT, f"train.steps={LONG}", "train.eval_every=60", f"split.labels={labels}")

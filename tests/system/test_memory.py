@@ -58,10 +58,12 @@ def test_middle_shard_needs_its_own_bytes_and_activations(tmp_path: Path) -> Non
     assert_middle_shard(figures["middle"])  # 512 tokens, an allocator that gives freed blocks back
 
 
+@pytest.mark.soak
 def test_a_shard_converted_on_load_is_never_in_memory_twice(tmp_path: Path) -> None:
     assert_middle_shard(measured(tmp_path, "middle-fp32-to-bf16")["middle-fp32-to-bf16"])
 
 
+@pytest.mark.soak
 def test_client_never_holds_the_embedding_table(tmp_path: Path) -> None:
     figures = measured(tmp_path, "client-cold", "client-warm")
     for name, case in figures.items():

@@ -21,6 +21,7 @@ from splitllm.train import train
 from tests.deployment.lanes import deployed as deployed_here
 from tests.deployment.lanes import kept, with_edges
 from tests.faults.deployment import deployed
+from tests.marks import soaked
 from tests.processes import ROOT
 from tests.system.test_rounds import LEARNS, POISONED, SLOW, Crawl, start
 from tests.tiny import write_recipe
@@ -59,11 +60,9 @@ def rounds_of(run: Path) -> list[dict[str, Any]]:
     "options",
     [
         (),
-        pytest.param(("split.client_cuts={client-1: 2, client-2: 2}", "split.cuts=[1, 3]"), marks=pytest.mark.soak),
-        pytest.param(
-            ("rounds.rule=ffa", "rounds.outer={name: fedavgm, lr: 0.7}", "rounds.prox=0.1"), marks=pytest.mark.soak
-        ),
-        ("rounds.rule=hetlora", "lora.clients={client-1: {rank: 2}}", "rounds.weights=equal"),
+        soaked(("split.client_cuts={client-1: 2, client-2: 2}", "split.cuts=[1, 3]")),
+        soaked(("rounds.rule=ffa", "rounds.outer={name: fedavgm, lr: 0.7}", "rounds.prox=0.1")),
+        soaked(("rounds.rule=hetlora", "lora.clients={client-1: {rank: 2}}", "rounds.weights=equal")),
     ],
     ids=["one cut", "two cuts", "outer", "ranks"],
 )
@@ -109,6 +108,7 @@ def test_whichever_server_is_killed_no_round_is_lost_and_none_counts_twice(tmp_p
         assert summary["eval_loss_after"] < summary["eval_loss_before"]
 
 
+@pytest.mark.soak
 def test_servers_that_wait_for_nobody_end_with_one_adapter(tmp_path: Path) -> None:
     words = [word for word in EXACT if not word.startswith("rounds")]
     rounds = "rounds={replicas: local, edge_every: 1, cloud_every: 2, buffer: {size: 1, oldest: 5}}"

@@ -18,6 +18,7 @@ from splitllm.metrics import read_records
 from splitllm.recipe import load_recipe
 from splitllm.train import train
 from tests.faults.deployment import counted
+from tests.marks import soaked
 from tests.processes import free_port
 from tests.tiny import write_recipe
 
@@ -80,7 +81,7 @@ def furthest(one: Path, two: Path) -> float:
     [
         ("torchrun", [THREE]),
         ("accelerate", [THREE, "split.labels=cloud", "train.loss_weights=tenant"]),
-        ("accelerate", ["split.tiers={client: 2}", "split.cuts=[]"]),
+        soaked("accelerate", ["split.tiers={client: 2}", "split.cuts=[]"]),
     ],
 )
 def test_two_ranks_give_the_adapter_of_one(folder: Path, launcher: str, split: list[str]) -> None:

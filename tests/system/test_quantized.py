@@ -12,6 +12,7 @@ import pytest
 from splitllm.recipe import load_recipe
 from splitllm.train import train
 from tests.faults.deployment import deployed
+from tests.marks import soaked
 from tests.processes import ROOT
 from tests.tiny import write_recipe
 
@@ -29,7 +30,7 @@ WORDS = (
 )
 
 
-@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("family", ["gpt2", soaked("llama")])
 def test_processes_give_the_adapter_of_one_process_though_servers_are_killed(tmp_path: Path, family: str) -> None:
     recipe = write_recipe(tmp_path, family)
     train(load_recipe(recipe, WORDS), tmp_path / "one")

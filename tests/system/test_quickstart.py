@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.mark.system
+@pytest.mark.soak
 def test_the_quickstart_keeps_its_promises(tmp_path: Path) -> None:
     command = [
         sys.executable,

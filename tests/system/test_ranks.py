@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from splitllm.recipe import load_recipe
 from splitllm.train import train
 from tests.faults.deployment import deployed
 from tests.faults.ranks import Launched, Ranked, seconds_of
+from tests.marks import soaked
 from tests.processes import ROOT
 from tests.tiny import write_recipe
 
@@ -32,7 +32,6 @@ WORDS = (
     "train.eval_every=4",
     "wire.keepalive=0.25",
 )
-soaked = partial(pytest.param, marks=pytest.mark.soak)
 MODES = {
     "one by one": (),
     "together": ("server.batching=synchronous",),
@@ -75,7 +74,7 @@ def held_alone(folder: Path) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("server", "mode"),
     [
-        *(("edge", mode) for mode in ("together", "at their own pace")),
+        *(("edge", mode) for mode in ("together",)),
         *(soaked(server, mode) for server in ("edge", "cloud") for mode in sorted(MODES)),
     ],
 )
@@ -134,7 +133,7 @@ def test_two_ranks_have_a_quantised_base_each(method: str, tmp_path: Path) -> No
         assert off(deployment.folder / "cloud" / "adapter", tmp_path / "one" / "adapter") < ENGINES_CLOSE
 
 
-@pytest.mark.parametrize(("engine", "kills"), [(None, 2), ("fsdp2", 1), soaked(None, 10), soaked("fsdp2", 10)])
+@pytest.mark.parametrize(("engine", "kills"), [(None, 2), soaked(None, 10), soaked("fsdp2", 10)])
 def test_a_rank_that_is_killed_stops_all_and_they_go_on(engine: str | None, kills: int, tmp_path: Path) -> None:
     recipe, drawn = write_recipe(tmp_path), random.Random(time.time_ns())
     words = (*WORDS, "server.batching=synchronous", f"train.steps={20 * kills}")

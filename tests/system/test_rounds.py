@@ -18,6 +18,7 @@ from splitllm.metrics import read_records
 from splitllm.recipe import load_recipe
 from splitllm.train import train
 from tests.faults.deployment import Deployment, Process, deployed
+from tests.marks import soaked
 from tests.processes import ROOT
 from tests.tiny import write_recipe
 
@@ -97,6 +98,7 @@ def start(deployment: Deployment) -> None:
     deployment.since[POISONED] = deployment.running[POISONED].since
 
 
+@pytest.mark.soak
 def test_some_lost_in_every_round_one_slow_one_sending_nan_and_it_learns_the_same(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -133,7 +135,7 @@ def test_some_lost_in_every_round_one_slow_one_sending_nan_and_it_learns_the_sam
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("rounds.weights=equal", "rounds.secure={aggregate: true}")], ids=["", "masked"]
+    "options", [soaked(()), ("rounds.weights=equal", "rounds.secure={aggregate: true}")], ids=["", "masked"]
 )
 def test_processes_give_the_adapter_of_one_process(tmp_path: Path, options: tuple[str, ...]) -> None:
     tiny = ("split.cuts=[2, 3]", "data.max_length=24", "data.limit=null")
