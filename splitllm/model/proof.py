@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from splitllm.checkpoint import writing
 from splitllm.errors import FamilyError, SplitLLMError
@@ -109,13 +111,21 @@ def _compare(config: PreTrainedConfig, attention: str | None, packed: bool) -> s
         if parameter.dim() > 1:  # far from the tiny initial values, so that an error shows
             torch.nn.init.normal_(parameter, std=0.2)
     with tempfile.TemporaryDirectory() as folder:
-        whole.should_save_on_this_rank = lambda _is_main_process: True  # each process proves for itself
         with writing(Path(folder)):
-            whole.save_pretrained(folder)
+            _save(whole, Path(folder))
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation=attention)
         ids_BS = torch.randint(1, VOCABULARY, (2, TOKENS))
         reason = _cut_equals_whole(whole.eval(), Path(folder), ids_BS, attention)
         return reason or (_packed_equals_alone(whole, ids_BS) if packed else None)
+
+
+def _save(whole: PreTrainedModel, folder: Path) -> None:
+    """Not by `save_pretrained`, which imports DeepSpeed where that is installed, and writes on rank 0 only."""
+    state, tied = whole.state_dict(), whole._tied_weights_keys or {}
+    copies = {name for name, of in tied.items() if of in state and state[name].data_ptr() == state[of].data_ptr()}
+    tensors = {name: tensor.contiguous() for name, tensor in state.items() if name not in copies}
+    save_file(tensors, folder / SAFE_WEIGHTS_NAME, {"format": "pt"})
+    whole.config.save_pretrained(folder)
 
 
 def _cut_equals_whole(whole: PreTrainedModel, folder: Path, ids_BS: torch.Tensor, attention: str | None) -> str | None:
