@@ -191,7 +191,7 @@ def test_64_connections_on_one_edge(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert_the_edge_carries(tmp_path, capsys, 64, LONG)
 
 
-@pytest.mark.system
+@pytest.mark.soak
 def test_12_connections_on_one_edge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_the_edge_carries(tmp_path, capsys, 12, 8.0)
 

@@ -116,6 +116,7 @@ def test_whoever_is_killed_every_client_learns_what_it_learns_undisturbed(labels
         assert '"train_tokens"' in summary
 
 
+@pytest.mark.soak
 def test_whoever_is_killed_every_step_is_in_what_is_common_once(tmp_path: Path) -> None:
     recipe, drawn = write_recipe(tmp_path), random.Random(time.time_ns())
     words = (*TRAIN, *CONTINUOUS, "split.tiers={client: 4, edge: 1, cloud: 1}", "lora.adapters=common")
