@@ -122,7 +122,6 @@ def test_servers_that_wait_for_nobody_end_with_one_adapter(tmp_path: Path) -> No
     assert all(bool(tensor.isfinite().all()) for tensor in adapter(cloud).values())
 
 
-@pytest.mark.soak
 def test_some_away_in_every_round_one_slow_one_sending_nan_and_nobody_waits(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -61,7 +61,7 @@ def _poisoned(words: list[str], out: str, err: str) -> None:
         return {name: torch.full_like(tensor, float("nan")) for name, tensor in honest(self, due).items()}
 
     Rounds.value = value  # type: ignore[method-assign]
-    _splitllm(words, out, err)
+    _splitllm(words, out, err, {})
 
 
 class Poisoned(Process):
