@@ -34,6 +34,11 @@ def places_of(parameters: Iterable[nn.Parameter]) -> Places:
     return Places(**found)
 
 
+def is_spread(parameter: nn.Parameter) -> bool:
+    """Whether an engine holds it: its storage comes and goes."""
+    return hasattr(parameter, "ds_tensor") or hasattr(parameter, "to_local")
+
+
 def _place(parameter: nn.Parameter) -> tuple[str, int, int]:
     """Where, what identifies it, and its bytes."""
     part = getattr(parameter, "ds_tensor", None)

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from splitllm.engines.places import places_of
+from splitllm.engines.places import is_spread, places_of
 from splitllm.model.common import Common
 from splitllm.model.frozen import FROZEN, Frozen
 from splitllm.model.joined import Joined, Rows
@@ -305,8 +305,8 @@ class Worker:
         self._largest, self._activations = positions, 0
         adapters = [*self.own.values(), *self.lent.values()]
         held = [*self.shard.parameters(), *(p for each in adapters for p in each.parameters.values())]
-        whole = [parameter for parameter in held if not hasattr(parameter, "to_local")]  # FSDP2's have no storage
-        seen = {parameter.untyped_storage().data_ptr() for parameter in whole}  # some views name no base
+        own = [parameter for parameter in held if not is_spread(parameter)]
+        seen = {parameter.untyped_storage().data_ptr() for parameter in own}  # some views name no base
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage, weight = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
