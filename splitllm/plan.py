@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from splitllm.data import Corpus
 from splitllm.errors import RecipeError
+from splitllm.model.full import full_shapes
 from splitllm.model.lora import adapter_shapes, block_of
 from splitllm.model.machine import available_bytes, device_bytes, device_here, resident_bytes
 from splitllm.recipe import (
@@ -17,6 +18,7 @@ from splitllm.recipe import (
     ServerRecipe,
     client_cuts,
     client_names,
+    full_blocks,
     goes_by_lanes,
     goes_by_rounds,
     own_blocks,
@@ -92,11 +94,17 @@ class Plan:
 
     @cached_property
     def adapters(self) -> dict[int, dict[str, torch.Size]]:
-        """Rank -> the shapes of an adapter of the whole model, by name, for all ranks of the recipe."""
+        """Rank -> the shapes of what trains of the whole model, by name, for all ranks of the recipe."""
         lora = self.recipe.lora
         ranks = {own.rank for own in lora.clients.values() if own.rank is not None} | {lora.rank}
         loras = {rank: lora.model_copy(update={"rank": rank}) for rank in ranks}
-        return {rank: adapter_shapes(self.config, each, self.modules) for rank, each in loras.items()}
+        full = full_shapes(self.config, self.full)
+        return {rank: adapter_shapes(self.config, each, self.modules) | full for rank, each in loras.items()}
+
+    @cached_property
+    def full(self) -> frozenset[int]:
+        """The blocks of which all weights train."""
+        return full_blocks(self.recipe, self.config.num_hidden_layers)
 
     def tier_lines(self) -> list[str]:
         """What every tier holds, bottom up."""

@@ -31,6 +31,7 @@ from splitllm.recipe import (
     LoraRecipe,
     Recipe,
     client_names,
+    full_blocks,
     lora_of,
     spreads_weights,
     tier_bounds,
@@ -187,7 +188,7 @@ def _trains(recipe: Recipe, tier: str) -> bool:
 def _tier_trains(recipe: Recipe, config: PreTrainedConfig, module: str) -> bool:
     block, bounds = block_of(config, module), tier_bounds(recipe, config.num_hidden_layers)
     names = list(recipe.split.tiers)
-    return any(
+    return block not in full_blocks(recipe, config.num_hidden_layers) and any(
         _trains(recipe, name) for name, (start, stop) in zip(names, bounds, strict=True) if start <= block < stop
     )
 

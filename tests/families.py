@@ -16,7 +16,7 @@ from splitllm.data.corpus import Corpus
 from splitllm.data.examples import Example
 from splitllm.model.loading import Checkpoint, quiet_transformers
 from splitllm.model.lora import matched_modules
-from splitllm.recipe import Recipe, role_bounds, tier_bounds
+from splitllm.recipe import Recipe, full_blocks, role_bounds, tier_bounds
 from splitllm.roles.assembly import Assembly, Roles, schedule_of
 
 LAYERS, VOCABULARY = 6, 61
@@ -136,5 +136,6 @@ def roles_of(recipe: Recipe, rows: Corpus) -> Roles:
         held = [bound for name, bound in zip(tiers, bounds, strict=True) if name in recipe.lora.tiers]
         blocks = {block for start, stop in held for block in range(start, stop)}
         modules = [name for name in modules if int(name.split(".")[2]) in blocks]
+    modules = [name for name in modules if int(name.split(".")[2]) not in full_blocks(recipe, layers)]
     schedule = schedule_of(recipe.train.schedule, recipe.train.steps)
     return Assembly(recipe, rows, base, modules, role_bounds(recipe, layers), schedule).build()

@@ -23,8 +23,13 @@ Tensors = dict[str, torch.Tensor]
 
 def peft_key(name: str) -> str:
     """The name of a PeftModel's parameter in an adapter file."""
-    bare = name.replace(".default.weight", ".weight")
+    bare = name.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
     return bare.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+
+
+def bare(key: str) -> str:
+    """A name in an adapter file without PEFT's prefix."""
+    return key.removeprefix("base_model.model.")
 
 
 class Masks(nn.Module):
@@ -61,7 +66,8 @@ class Unsplit:
             lora_dropout=lora.dropout,
             use_rslora=lora.rslora,
             use_dora=lora.dora,
-            target_modules=sorted({key.removeprefix("base_model.model.").split(".lora_")[0] for key in adapter}),
+            target_modules=sorted({bare(key).split(".lora_")[0] for key in adapter if ".lora_" in key}),
+            modules_to_save=sorted({".".join(bare(key).split(".")[:3]) for key in adapter if ".lora_" not in key}) or None,
         )
         self.model: Any = get_peft_model(base, config)
         self.parameters = {peft_key(n): p for n, p in self.model.named_parameters() if p.requires_grad}

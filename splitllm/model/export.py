@@ -150,7 +150,7 @@ def with_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{adapter} does not fit this base: {first}") from error
-    own = sum(1 for name, _ in model.named_parameters() if ".lora_" in name)
+    own = sum(1 for name, _ in model.named_parameters() if ".lora_" in name or ".modules_to_save." in name)
     if own != len(tensors):
         raise CheckpointError(f"{adapter} has {len(tensors)} tensors, but this base takes {own}: another base model?")
     return model.eval()

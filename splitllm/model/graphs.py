@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitllm.model.families import layout_of
+from splitllm.model.full import train_in_full
 from splitllm.model.joined import Joined, Rows
 from splitllm.model.keyed import remembered
 from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, block_of
@@ -30,6 +31,7 @@ from splitllm.recipe import LoraRecipe
 
 TENANTS = 2  # in the batch where adapters are their own: from two on they are stacked
 NOBODY = range(0)
+NOTHING: frozenset[int] = frozenset()
 
 Kind = tuple[object, ...]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -53,6 +55,7 @@ class Work:
         packed: whether rows hold several documents.
         mixed: whether the forward runs under bf16 autocast.
         own: the global blocks whose adapter is each tenant's own; there another tenant is taken to be in the batch.
+        full: the global blocks of which all weights train.
     """
 
     lora: LoraRecipe = field(hash=False)
@@ -67,6 +70,11 @@ class Work:
     packed: bool = False
     mixed: bool = False
     own: range = NOBODY
+    full: frozenset[int] = NOTHING
+
+    def trains_below(self, config: PreTrainedConfig) -> bool:
+        """Whether anything trains below its first block, so that the gradient of its input is wanted."""
+        return any(block < self.start for block in (*(block_of(config, name) for name in self.modules), *self.full))
 
 
 def bytes_by_block(config: PreTrainedConfig, work: Work) -> tuple[int, ...]:
@@ -125,7 +133,7 @@ def staged(config: PreTrainedConfig, work: Work, layers: Sequence[int]) -> Itera
 def inputs_of(config: PreTrainedConfig, work: Work) -> torch.Tensor:
     """Hidden states below the lowest block, of all tenants that are taken to be in the batch."""
     hidden_BSD = torch.empty(work.rows * _tenants(work), work.length, config.hidden_size, dtype=work.dtype)
-    return hidden_BSD.requires_grad_(any(block_of(config, name) < work.start for name in work.modules))
+    return hidden_BSD.requires_grad_(work.trains_below(config))
 
 
 def precision(work: Work) -> AbstractContextManager[object]:
@@ -156,7 +164,7 @@ def _stretch(config: PreTrainedConfig, work: Work) -> tuple[Stretch, dict[int, i
     first = {kind: layer for layer, kind in reversed(kinds.items())}
     second = {kind: layer for layer, kind in reversed(kinds.items()) if layer != first[kind]}
     layers = tuple(sorted({*first.values(), *second.values()}))
-    anywhere = replace(work, modules=(), start=0, stop=0, own=NOBODY)
+    anywhere = replace(work, modules=(), start=0, stop=0, own=NOBODY, full=NOTHING)
     stands_for = {layer: layer if layer == first[kind] else second[kind] for layer, kind in kinds.items()}
     return Stretch(tuple(kinds[layer] for layer in layers), anywhere, layers, work), stands_for
 
@@ -180,12 +188,12 @@ def _kinds(config: PreTrainedConfig, work: Work) -> dict[int, Kind]:
     adapted: dict[int, list[str]] = {}
     for name in work.modules:
         adapted.setdefault(block_of(config, name), []).append(name.split(".", 3)[3])
-    types, trains = getattr(config, "layer_types", None), any(layer < work.start for layer in adapted)
+    types, trains = getattr(config, "layer_types", None), work.trains_below(config)
     kinds: dict[int, Kind] = {}
     for layer in range(work.start, work.stop):
-        own, here = layer in work.own, tuple(adapted.get(layer, ()))
-        kinds[layer] = (types and types[layer], _shapes(config)[layer], here, own, trains)
-        trains = trains or layer in adapted
+        own, full, here = layer in work.own, layer in work.full, tuple(adapted.get(layer, ()))
+        kinds[layer] = (types and types[layer], _shapes(config)[layer], here, own, full, trains)
+        trains = trains or full or layer in adapted
     return kinds
 
 
@@ -240,6 +248,7 @@ def _shard(model: PreTrainedModel, work: Work, layers: Sequence[int]) -> Shard:
     shard = Shard(model, layout, work.start, work.stop, embeddings=None, head=None, seed=0).requires_grad_(False)
     shared = [name for name in work.modules if (layer := block_of(config, name)) in layers and layer not in work.own]
     add_lora(shard, work.lora, shared, seed=0)
+    train_in_full(shard, work.full.intersection(layers))
     for parameter in adapter_parameters(shard).values():
         parameter.data = parameter.data.to(adapter_dtype(work.dtype))
     if work.checkpointing:

@@ -33,13 +33,22 @@ def names_in_unsplit(base: str, modules: Iterable[str], revision: str | None = N
 
 
 def rename_tensors(tensors: Mapping[str, T], modules: Mapping[str, str]) -> dict[str, T]:
-    """Adapter tensors under the unsplit model's names."""
+    """Tensors of an adapter file under the unsplit model's names.
+
+    Args:
+        tensors: of adapted modules, and of blocks that train in full.
+        modules: text-model name of each of these -> its name in the unsplit model.
+    """
     return {_renamed(name, modules): tensor for name, tensor in tensors.items()}
 
 
 def _renamed(name: str, modules: Mapping[str, str]) -> str:
-    module, kind = name.removeprefix(PREFIX).split(".lora_", 1)
-    return f"{PREFIX}{modules[module]}.lora_{kind}"
+    bare = name.removeprefix(PREFIX)
+    module, adapter, kind = bare.partition(".lora_")
+    if not adapter:
+        module = next(each for each in modules if bare.startswith(f"{each}."))
+        kind = bare.removeprefix(module)
+    return f"{PREFIX}{modules[module]}{adapter}{kind}"
 
 
 def in_text_model(tensors: Mapping[str, T], layout: Layout) -> dict[str, T]:

@@ -42,7 +42,7 @@ def _alike(config: PreTrainedConfig, work: Work) -> int:
         adapted.setdefault(block_of(config, name), set()).add(name.split(".", 3)[3])
 
     def kind(layer: int) -> tuple[object, ...]:
-        return types and types[layer], adapted.get(layer), layer in work.own
+        return types and types[layer], adapted.get(layer), layer in work.own, layer in work.full
 
     last = work.stop - 1
     return next((layer for layer in range(1, last) if kind(layer) == kind(last)), last)

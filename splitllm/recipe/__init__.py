@@ -15,6 +15,7 @@ from splitllm.recipe.cuts import (
 )
 from splitllm.recipe.digest import fingerprint, start_digest
 from splitllm.recipe.engines import spreads_weights
+from splitllm.recipe.full import full_blocks
 from splitllm.recipe.loading import (
     changed_keys,
     dump_recipe,
@@ -85,6 +86,7 @@ __all__ = [
     "command_of",
     "dump_recipe",
     "fingerprint",
+    "full_blocks",
     "goes_by_lanes",
     "goes_by_rounds",
     "holders",

@@ -80,8 +80,9 @@ def _weights_misfits(recipe: Recipe, key: str, said: str) -> Iterator[Misfit]:
 def _optimizer_misfits(recipe: Recipe, said: str) -> Iterator[Misfit]:
     """All that an optimiser steps has to step together, and there has to be something."""
     _, *servers = recipe.split.tiers
-    if servers and recipe.lora.tiers is not None and set(servers).isdisjoint(recipe.lora.tiers):
-        why = f"spreads the state of what servers train, and lora.tiers: {list(recipe.lora.tiers)} has none of them"
+    adapted = servers if recipe.lora.tiers is None else recipe.lora.tiers
+    if servers and set(servers).isdisjoint((*adapted, *(recipe.train.full_tiers or ()))):
+        why = f"spreads the state of what servers train, and lora.tiers: {list(adapted)} has none of them"
         yield (STAGE, "lora.tiers"), f"{said} {why}; use stage 3, or leave it out"
     if recipe.train.optimizer.name != "adamw":
         why = f"spreads AdamW's state, and train.optimizer.name is {recipe.train.optimizer.name}"

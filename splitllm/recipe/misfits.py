@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from splitllm.recipe.engines import engine_misfits
+from splitllm.recipe.full import full_misfits
 from splitllm.recipe.quantization import quantization_misfits
 from splitllm.recipe.roles import find_role, known_roles
 from splitllm.recipe.round_misfits import Misfit, rounds_misfits
@@ -36,6 +37,7 @@ def misfits(recipe: Recipe) -> Iterator[Misfit]:
     yield from quantization_misfits(recipe)
     yield from _processes_misfits(recipe)
     yield from engine_misfits(recipe)
+    yield from full_misfits(recipe)
     yield from _server_misfits(recipe.server, recipe.split)
     yield from _wire_misfits(recipe.wire, recipe.split)
     steps, schedule = recipe.train.steps, recipe.train.schedule

@@ -158,7 +158,10 @@ class ScheduleRecipe(Section):
 
 
 class TrainRecipe(Section):
-    """The loop. `batch_size` is rows of a micro-batch; `accumulate` is micro-batches a client a step."""
+    """The loop. `batch_size` is rows of a micro-batch; `accumulate` is micro-batches a client a step.
+
+    `full_tiers`, of servers, train all weights of their blocks instead of an adapter; null: none does.
+    """
 
     steps: Count = 200
     batch_size: Count = 8
@@ -170,6 +173,7 @@ class TrainRecipe(Section):
     loss_weights: Literal["token", "tenant"] = "token"
     activation_checkpointing: Switch = False
     mixed_precision: MixedPrecision | None = None
+    full_tiers: TierNames | None = None
     processes: Count = 1
     threads: Count | None = None
     eval_every: Count | None = None

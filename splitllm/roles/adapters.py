@@ -1,8 +1,8 @@
-"""Which adapters a role trains: put into its shard, started as the recipe says, each with its optimiser."""
+"""What a role trains: adapters, or all weights of its blocks; put into its shard, started as the recipe says, each with its optimiser."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,22 @@ from transformers import PreTrainedConfig
 from splitllm.model.common import Buffer, Common
 from splitllm.model.export import load_adapter
 from splitllm.model.families import layout_of
+from splitllm.model.full import train_in_full
 from splitllm.model.lora import adapter_dtype, adapter_parameters, add_lora, block_of
 from splitllm.model.naming import in_text_model
 from splitllm.model.shard import Shard
 from splitllm.model.tenants import Tenants
 from splitllm.model.trainable import Build, Trainable
-from splitllm.recipe import LoraRecipe, Recipe, averaged_blocks, client_cuts, clients_below, lora_of, own_blocks
+from splitllm.recipe import (
+    LoraRecipe,
+    Recipe,
+    averaged_blocks,
+    client_cuts,
+    clients_below,
+    full_blocks,
+    lora_of,
+    own_blocks,
+)
 from splitllm.recipe.rounds import hides
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -92,7 +102,7 @@ class Adapters:
         """What a role trains for all of its clients, together with others or between rounds by itself."""
         modules = [name for name in self.modules if block_of(self.config, name) not in self._own]
         add_lora(shard, lora, modules, self.recipe.seed)
-        return self._started(shard)
+        return self._started(shard, full_blocks(self.recipe, self.config.num_hidden_layers))
 
     def _of_clients(self, shard: Shard, name: str, blocks: range, *, alike: bool) -> dict[int, Parameters]:
         """One adapter for each client below a server, in these blocks: its own, or one that is like all others."""
@@ -120,9 +130,9 @@ class Adapters:
         pull = self.recipe.rounds.prox if prox else 0.0
         return Trainable(parameters, self.recipe.train.optimizer, pull, anchored=hides(self.recipe), build=build)
 
-    def _started(self, shard: Shard) -> Parameters:
-        """The adapter that was put into a shard, where it trains, as the run starts it."""
-        parameters = adapter_parameters(shard.to(self.device))
+    def _started(self, shard: Shard, full: Collection[int] = ()) -> Parameters:
+        """The adapter that was put into a shard, and its blocks that train in full, as the run starts them."""
+        parameters = adapter_parameters(shard.to(self.device)) | train_in_full(shard, full)
         self._start(parameters)
         return parameters
 

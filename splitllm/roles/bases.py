@@ -43,7 +43,7 @@ class Bases:
         Raises:
             RecipeError: the engine of its tier is not installed, or has no folder for its files.
         """
-        if alone or self._by_fsdp(tier):
+        if alone or self._by_fsdp(tier) or self._in_full(tier):
             return self._cut(tier, bounds)
         if (tier, bounds) not in self._read:
             self._read[tier, bounds] = self._cut(tier, bounds)
@@ -60,6 +60,9 @@ class Bases:
 
     def _by_fsdp(self, tier: int) -> bool:
         return tier > 0 and self.recipe.server.fsdp
+
+    def _in_full(self, tier: int) -> bool:
+        return list(self.recipe.split.tiers)[tier] in (self.recipe.train.full_tiers or ())
 
     def _cut(self, tier: int, bounds: Bounds) -> Shard:
         """The frozen part of one tier's shard; the head sits where the loss is computed."""

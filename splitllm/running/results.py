@@ -15,6 +15,7 @@ from splitllm.errors import CheckpointError
 from splitllm.federated.export import folded
 from splitllm.metrics import Metrics
 from splitllm.model.export import load_adapter, newest_adapter, renew_adapter, save_adapter
+from splitllm.model.full import block_names
 from splitllm.model.lora import block_of, lora_config, matched_modules, target_modules
 from splitllm.model.naming import PREFIX, names_in_unsplit, rename_tensors
 from splitllm.model.quantizing import round_weight
@@ -46,15 +47,17 @@ def export_of(plan: Plan, directory: Path, tensors: Mapping[str, torch.Tensor], 
     """Write the adapter of one client; where all share one, client 0 stands for all."""
     recipe, own = plan.recipe, f"{TENANT}{client}/"
     base = base_folder(recipe, directory)
-    modules = names_in_unsplit(base, plan.modules, recipe.model.revision)
+    full = block_names(plan.config, plan.full)
+    names = names_in_unsplit(base, [*plan.modules, *full], recipe.model.revision)
     mine = {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
     lora = recipe.lora if goes_by_rounds(recipe) else lora_of(recipe, client)
-    config = adapter_config(plan, lora, base, modules)
+    config = adapter_config(plan, lora, base, {module: names[module] for module in plan.modules})
+    config.modules_to_save = [names[block] for block in full] or None
     folder = adapter_folders(recipe, directory)[client]
     together = {name: tensor for name, tensor in tensors.items() if not name.startswith(TENANT)}
     scaled = goes_by_rounds(recipe) and recipe.rounds.rule not in ONE_SHAPE
     adapter, config = folded(together | mine, config, scaled=scaled)
-    save_adapter(folder, rename_tensors(adapter, modules), config)
+    save_adapter(folder, rename_tensors(adapter, names), config)
 
 
 def log_round(metrics: Metrics, step: int, reports: Sequence[Mapping[str, Any]]) -> None:
