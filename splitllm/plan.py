@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -134,7 +135,9 @@ def refuse_without_room(plan: Plan, name: str | None = None) -> None:
         plan.refuse_unless(device_needs(name, on_device, f"memory of {device}"))
     elif free is not None:
         where = "memory of this machine"
-        plan.refuse_unless(together_needs(free, where) if name is None else role_needs(name, free, where))
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        elsewhere = started - int(os.environ.get("LOCAL_WORLD_SIZE", started))
+        plan.refuse_unless(together_needs(free, where) if name is None else role_needs(name, free, where, elsewhere))
 
 
 def describe(plan: Plan) -> list[str]:

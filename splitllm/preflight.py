@@ -30,13 +30,12 @@ from splitllm.plan import Plan
 from splitllm.recipe import (
     LoraRecipe,
     Recipe,
-    client_names,
     full_blocks,
-    lora_of,
     spreads_weights,
     tier_bounds,
 )
 from splitllm.roles.admission import problems as admission_problems
+from splitllm.roles.sharing import drops
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
@@ -77,6 +76,7 @@ def prepare(
     client: int | None = None,
     tier: str | None = None,
     limits: bool = True,
+    here: bool = False,
 ) -> Plan:
     """Check a recipe against its model, tokenizer and data.
 
@@ -86,6 +86,7 @@ def prepare(
         client: the only one whose rows are wanted.
         tier: the only one that is computed on this machine.
         limits: whether roles that take more than `split.memory_mib` gives them are refused.
+        here: whether all tiers are computed on this machine, by this process.
 
     Raises:
         RecipeError: with every problem found.
@@ -105,7 +106,7 @@ def prepare(
             problems.attempt(lambda: _start_fits(recipe, config, shapes))
     problems.lines += _process_problems(recipe)
     problems.lines += _privacy_problems(recipe) if client is None else []
-    problems.lines += _library_problems(recipe, tier) + _engine_problems(recipe, tier)
+    problems.lines += _library_problems(recipe, tier) + _engine_problems(recipe, tier, here)
     lost = config is None and recipe.model.tokenizer is None  # that the base cannot be read was said already
     tokenizer = None if lost or not data else problems.attempt(lambda: load_tokenizer(recipe))
     if tokenizer is not None and config is not None and layout is not None:
@@ -215,12 +216,6 @@ def _batching_problems(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
     ]
 
 
-def drops(recipe: Recipe, config: PreTrainedConfig) -> bool:
-    """Whether anything is dropped while training, by the base model or an adapter."""
-    adapters = (lora_of(recipe, client).dropout for client in range(len(client_names(recipe))))
-    return bool(dropouts(config)) or any(adapters)
-
-
 def _sharing_problems(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
     """Micro-batches that stay whole, and are computed one by one, are never shared out."""
     server = recipe.server
@@ -265,7 +260,7 @@ def _library_problems(recipe: Recipe, tier: str | None) -> list[str]:
     return [f"quantization.{here[0]}: {method} needs the package bitsandbytes; {advice}"]
 
 
-def _engine_problems(recipe: Recipe, tier: str | None) -> list[str]:
+def _engine_problems(recipe: Recipe, tier: str | None, here: bool) -> list[str]:
     """Whether what holds a server's frozen weights is there, on a machine of one: library, and folder for files."""
     zero, (first, *_) = recipe.server.zero, recipe.split.tiers
     if tier == first:
@@ -274,7 +269,8 @@ def _engine_problems(recipe: Recipe, tier: str | None) -> list[str]:
     if zero.stage is None:
         return found
     found += [] if find_spec("deepspeed") is not None else [missing()]
-    return [*found, *unwritable(zero.nvme_path)] if zero.offload_param == "nvme" and tier is not None else found
+    files = zero.offload_param == "nvme" and (here or tier is not None)
+    return [*found, *unwritable(zero.nvme_path)] if files else found
 
 
 def _launch_problems(recipe: Recipe) -> list[str]:

@@ -71,7 +71,7 @@ def opened_run(recipe: Recipe, directory: Path, resume: bool = False) -> tuple[R
         raise RecipeError([f"server.processes: {recipe.server.processes} is for a server started by itself; {advice}"])
     processes = Processes(recipe.train.processes, "train.processes")
     share_cores(recipe.train, processes)
-    plan = prepare(recipe)
+    plan = prepare(recipe, here=True)
     refuse_without_room(plan)
     world = open_world(recipe.train, directory, processes)
     base = open_base(recipe, directory, world)

@@ -29,7 +29,7 @@ def plan_memory(recipe: Recipe, *, as_json: bool = False, here: bool = False, co
     Raises:
         RecipeError: the recipe cannot run, a role takes more than its tier is given, or there is no room.
     """
-    plan, console = prepare(recipe, data=False, limits=False), console or Console()
+    plan, console = prepare(recipe, data=False, limits=False, here=here), console or Console()
     give_back()  # as a role does when it has checked its recipe
     free = available_bytes()
     if as_json:

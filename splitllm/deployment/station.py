@@ -22,7 +22,7 @@ from splitllm.model.loading import Checkpoint
 from splitllm.model.machine import give_back
 from splitllm.model.shard import BUILDING
 from splitllm.plan import Plan, refuse_without_room
-from splitllm.preflight import drops, prepare
+from splitllm.preflight import prepare
 from splitllm.ranks.leader import Leader, begin, end
 from splitllm.ranks.peers import Peers
 from splitllm.recipe import (
@@ -35,6 +35,7 @@ from splitllm.recipe import (
 )
 from splitllm.roles.assembly import Assembly, Site, coding_of, schedule_of
 from splitllm.roles.device import DeviceThread
+from splitllm.roles.sharing import drops
 from splitllm.roles.worker import Worker
 from splitllm.running.base import open_base
 from splitllm.running.world import Processes, World, open_world, share_cores

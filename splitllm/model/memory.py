@@ -27,8 +27,6 @@ OPTIMIZER_BYTES: dict[str, Callable[[int, int], int]] = {
     "sgd": lambda held, tensors: 0,
 }
 """Optimiser -> its state from the first step on, given the adapter's bytes and its number of tensors."""
-SPREAD = 2
-"""Copies of an adapter that DeepSpeed steps: all of it, and in one process a part that is all of it as well."""
 CROSSING = 4  # hidden states in and out, and the gradient of each
 
 
@@ -127,28 +125,38 @@ def tenant_price(
     )
 
 
-def tenant_holding(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], server: str, client: int) -> Price:
-    """What of `tenant_price` does not depend on its micro-batches: its adapter, gradients and optimiser."""
+def tenant_holding(
+    recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], server: str, client: int, *, processes: int = 1
+) -> Price:
+    """What of `tenant_price` does not depend on its micro-batches: its adapter, gradients and optimiser.
+
+    With more `processes` than one it is what one of them holds.
+    """
     tier_of(recipe, server)
     layers, lora = config.num_hidden_layers, lora_of(recipe, client)
     own, alone = own_blocks(recipe, layers), tenant_blocks(recipe, layers)
     entry, stop = _entry(recipe, layers, server, client), role_bounds(recipe, layers)[server][1]
     mine = [name for name in modules if block_of(config, name) in own]
     copied = [name for name in modules if block_of(config, name) in alone and name not in mine]
-    trained = _on_server(recipe, _trained(recipe, lora, config, mine, entry, stop))
+    trained = _on_server(recipe, _trained(recipe, lora, config, mine, entry, stop), processes)
     copy = adapter_bytes(config, recipe.lora, copied, entry, stop, dtype_of(recipe))
     return replace(trained, adapter=trained.adapter + copy, gradients=trained.gradients + copy)
 
 
-def role_holding(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], name: str) -> Price:
-    """What of `role_price` does not depend on micro-batches: weights, adapter, gradients and optimiser."""
+def role_holding(
+    recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], name: str, *, processes: int = 1
+) -> Price:
+    """What of `role_price` does not depend on micro-batches: weights, adapter, gradients and optimiser.
+
+    With more `processes` than one the optimiser is what one of them holds.
+    """
     (tier, index), layers = tier_of(recipe, name), config.num_hidden_layers
     start, stop = role_bounds(recipe, layers)[name]
     weights = role_weights(recipe, config, name)
     if tier == 0:
         return replace(_trained(recipe, lora_of(recipe, index), config, modules, start, stop), weights=weights)
     shared = [module for module in modules if block_of(config, module) not in own_blocks(recipe, layers)]
-    trained = _on_server(recipe, _trained(recipe, recipe.lora, config, shared, start, stop))
+    trained = _on_server(recipe, _trained(recipe, recipe.lora, config, shared, start, stop), processes)
     published = tenant_blocks(recipe, layers) != own_blocks(recipe, layers)
     return replace(trained, weights=weights, adapter=(1 + published) * trained.adapter)
 
@@ -266,10 +274,12 @@ def _trained(
     return Price(adapter=adapter, gradients=adapter, optimizer=optimizer)
 
 
-def _on_server(recipe: Recipe, trained: Price) -> Price:
-    """With what a spread optimiser holds beside its state."""
-    copies = SPREAD if recipe.server.zero.stage in (1, 2) else 0
-    return replace(trained, optimizer=trained.optimizer + copies * trained.adapter)
+def _on_server(recipe: Recipe, trained: Price, processes: int) -> Price:
+    """A spread optimiser holds copies of an adapter: all of it, and beside its part of the state a part of it."""
+    if recipe.server.zero.stage not in (1, 2):
+        return trained
+    part = -(-(trained.optimizer + trained.adapter) // processes)
+    return replace(trained, optimizer=trained.adapter + part)
 
 
 def _shapes(

@@ -1,4 +1,4 @@
-"""How many bytes of a server's weights lie where, by what holds them; of a server of one process."""
+"""How many bytes of a server's weights lie where, by what holds them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCKS_WHOLE = 2
 
 @dataclass(frozen=True)
 class Spread:
-    """Bytes of frozen weights.
+    """Bytes of frozen weights of one process.
 
     Attributes:
         device: where they compute; all of them of a role without an engine.
@@ -36,25 +36,29 @@ class Spread:
 
 
 def spread_bytes(recipe: Recipe, config: PreTrainedConfig, name: str) -> Spread:
-    """Where the frozen weights of a role lie.
+    """Where the frozen weights of a role lie, of one process of the role.
 
     Raises:
         RecipeError: `split.tiers` has no such role.
     """
     everything, server = role_weights(recipe, config, name), recipe.server
     start, stop = role_bounds(recipe, config.num_hidden_layers)[name]
+
+    def part(size: int) -> int:
+        return -(-size // server.processes)
+
     if tier_of(recipe, name)[0] == 0 or start == stop:
         return Spread(everything)
     if server.fsdp:
         blocks = [shard_bytes(config, block, block + 1, False, dtype_of(recipe)) for block in range(start, stop)]
-        return Spread(everything, whole=BLOCKS_WHOLE * max(blocks))
+        return Spread(everything - sum(blocks) + sum(map(part, blocks)), whole=BLOCKS_WHOLE * max(blocks))
     if server.zero.stage != 3:
         return Spread(everything)
     sizes = [math.prod(shape) * dtype_of(recipe).itemsize for shape in block_matrices(config, start, stop)]
-    largest, vectors = max(sizes), everything - sum(sizes)
+    parts, largest, vectors = [part(size) for size in sizes], max(sizes), everything - sum(sizes)
     if server.zero.offload_param == "none":
-        return Spread(everything, whole=largest)
+        return Spread(vectors + sum(parts), whole=largest)
     if server.zero.offload_param == "cpu":
-        return Spread(vectors, host=sum(sizes), whole=largest)
-    files = sum(size for size in sizes if size >= FILE_BYTES)
-    return Spread(vectors, host=sum(sizes) - files + BUFFERS * largest, files=files, whole=largest)
+        return Spread(vectors, host=sum(parts), whole=largest)
+    files = sum(size for size in parts if size >= FILE_BYTES)
+    return Spread(vectors, host=sum(parts) - files + BUFFERS * part(largest), files=files, whole=largest)

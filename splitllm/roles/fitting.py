@@ -5,6 +5,7 @@ Only what was worked out to fit is named, with what it then takes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,14 @@ from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
 from splitllm.policy.admission import MIB
-from splitllm.recipe import Recipe, role_names
+from splitllm.recipe import Recipe, role_names, spreads_weights
 from splitllm.roles.ledger import PARTS, Ledger, Parts
 
 Changes = dict[str, Any]
 """Key of the recipe, such as `train.batch_size` -> another value."""
 SHORTEST = 32  # tokens: rows are not made shorter than this
+FILES = "/var/tmp"
+"""For weights in files, where a recipe names no other folder: unlike /tmp it is no memory."""
 LARGEST_NAMED = 3
 CUTS_TRIED = 8
 
@@ -79,8 +82,8 @@ def needs_of_limits(recipe: Recipe, ledger: Ledger) -> list[Need]:
         limit = recipe.split.memory_mib.get(tier)
         if limit is not None:
             worst = max(names, key=lambda name: ledger.of(name).total)
-            parts, what = ledger.of(worst), f"split.memory_mib.{tier}: {limit} MiB do not hold {worst}, which takes"
-            found.append(Need(tier, what, parts.total, limit * MIB, parts))
+            what = f"split.memory_mib.{tier}: {limit} MiB do not hold {_process(worst, ledger)}, which takes"
+            found.append(Need(tier, what, ledger.of(worst).total, limit * MIB, ledger.of(worst)))
     return found
 
 
@@ -164,6 +167,8 @@ class _Remedies:
         if (length := self._length({})) is not None:
             yield {"data.max_length": length}
         yield from self._quantised()
+        for places in self._offloads():
+            yield from self._first_that_fits(iter(places))
         yield from self._first_that_fits(self._cuts())
 
     def _quantised(self) -> Iterator[Changes]:
@@ -173,6 +178,18 @@ class _Remedies:
             yield {f"quantization.{tier}": "nf4"}
         if len(plain) > 1:
             yield {f"quantization.{tier}": "nf4" for tier in plain}
+
+    def _offloads(self) -> list[list[Changes]]:
+        """Elsewhere than on a server's device: its frozen weights, its optimisers, or a part of what it holds."""
+        server = self.recipe.server
+        files = {"stage": 3, "offload_param": "nvme", "nvme_path": server.zero.nvme_path or FILES}
+        more: Changes = {"server.processes": 2 * server.processes}
+        engines: list[Changes] = [{"server.fsdp": True}, {"server.zero": {"stage": 3}}]
+        return [
+            [{"server.zero": {"stage": 3, "offload_param": "cpu"}}, {"server.zero": files}],
+            [{"server.zero": {"stage": 2, "offload_optimizer": "cpu"}}],
+            [more] if spreads_weights(self.recipe) else [more | engine for engine in engines],
+        ]
 
     def _several(self) -> Iterator[Changes]:
         """Changes at once, ever more of them."""
@@ -185,6 +202,8 @@ class _Remedies:
             yield {**changes, "data.max_length": length}
         for quantised in self._quantised():
             yield {**changes, **quantised}
+        for place in itertools.chain.from_iterable(self._offloads()):
+            yield {**changes, **place}
         for cuts in self._cuts():
             yield {**changes, **cuts}
 
@@ -254,21 +273,32 @@ def _said(changes: Mapping[str, Any]) -> str:
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_yaml(each)}" for key, each in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def role_needs(name: str, room: int, where: str) -> Needs:
+def _process(name: str, ledger: Ledger) -> str:
+    """Who holds what `Ledger.of` says, in words."""
+    count = len(ledger.processes(name))
+    return name if count == 1 else f"rank 0 of the {count} of {name}"
+
+
+def role_needs(name: str, room: int, where: str, elsewhere: int = 0) -> Needs:
     """One role in what a machine has left.
 
     Args:
         name: of the role.
-        room: bytes beside those of the process that asks.
+        room: bytes beside those of the processes that ask.
         where: whose they are, in words.
+        elsewhere: how many of its processes are on other machines.
     """
 
     def needs(_recipe: Recipe, ledger: Ledger) -> list[Need]:
-        parts = ledger.of(name)
-        return [_on(where, name, parts, parts.total - parts.process, room)]
+        ranks = ledger.processes(name)
+        here = ranks[: max(1, len(ranks) - elsewhere)]
+        who = name if len(here) == 1 else f"the {len(here)} processes of {name}"
+        return [_on(where, who, here[0], sum(parts.total - parts.process for parts in here), room)]
 
     return needs
 
@@ -298,7 +328,8 @@ def device_needs(name: str | None, room: int, where: str) -> Needs:
 
     def needs(_recipe: Recipe, ledger: Ledger) -> list[Need]:
         parts = ledger.together if name is None else ledger.of(name)
-        return [_on(where, name or "all roles in one process", parts, parts.on_device, room)]
+        who = "all roles in one process" if name is None else _process(name, ledger)
+        return [_on(where, who, parts, parts.on_device, room)]
 
     return needs
 

@@ -1,5 +1,6 @@
 """The ledger of a recipe: what every role will hold in memory, part by part, before anything is loaded.
 
+Of a server in several processes it is what rank 0 holds, which has the clients, and what each other rank does.
 Exact are weights, adapters and optimisers, which follow from shapes, and what graphs keep (`model/graphs.py`).
 Messages, rounds and what is being written are what they are at most, each micro-batch as long as the recipe allows.
 What the allocator leaves unused was measured (docs/benchmarks/memory.md).
@@ -47,6 +48,7 @@ from splitllm.recipe import (
 )
 from splitllm.roles.admission import Admission, admissions
 from splitllm.roles.round_ledger import RoundsHeld, rounds_held
+from splitllm.roles.sharing import Share, largest_share
 from splitllm.roles.under_way import at_once
 from splitllm.wire.codecs import codec
 
@@ -126,17 +128,24 @@ class Ledger:
     def __init__(self, recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], process: int) -> None:
         self.process = process
         self._book = _Book(recipe, config, tuple(modules), admissions(recipe, config, modules))
+        alone = recipe.model_copy(update={"server": recipe.server.model_copy(update={"processes": 1})})
+        self._alone = self._book if alone == recipe else replace(self._book, recipe=alone)
         self._names = {name: tier for tier, names in role_names(recipe).items() for name in names}
         self._found: dict[str, Parts] = {}
 
     def of(self, name: str) -> Parts:
-        """One role as a process of its own."""
+        """One role as a process of its own; of a server in several processes rank 0."""
         if name not in self._found:
             self._found[name] = replace(self._book.role(name), process=self.process + self._book.engine(name))
         return self._found[name]
 
+    def processes(self, name: str) -> list[Parts]:
+        """Every process of a role, by rank."""
+        rank_0, others = self.of(name), self._book.processes(name) - 1
+        return [rank_0, *[replace(self._book.follower(name), process=rank_0.process)] * others]
+
     def files(self) -> dict[str, int]:
-        """Bytes of frozen weights that lie in files, of the roles that have some there."""
+        """Bytes of frozen weights that one process has in files, of the roles that have some there."""
         found = {name: self._book.spread(name).files for name in self._names}
         return {name: size for name, size in found.items() if size}
 
@@ -156,12 +165,12 @@ class Ledger:
         """All roles in one process, as in `splitllm train`; of several such processes all together."""
         processes = self._book.recipe.train.processes
         engine = max(self._book.engine(name) for name in self._names)
-        return replace(self._book.together(), process=processes * self.process + engine)
+        return replace(self._alone.together(), process=processes * self.process + engine)
 
     @property
     def apart(self) -> int:
         """Bytes of all roles as processes on one machine, as in `splitllm up`."""
-        return sum(parts.total for parts in self.roles().values())
+        return sum(parts.total for name in self._names for parts in self.processes(name))
 
 
 @dataclass(eq=False)
@@ -177,8 +186,7 @@ class _Book:
 
     def role(self, name: str) -> Parts:
         """All but the process."""
-        parts = self._held(name)
-        works = {self._work(name, client) for client in self._clients(name)}
+        parts, works = self._held(name), self._works(name)
         return replace(
             parts,
             activations=self._graphs(name),
@@ -186,10 +194,27 @@ class _Book:
             allocator=0 if self._returns(name) else self._holes(works),
             logits=self._logits(name),
             embeddings=self._embeddings(name),
-            messages=max(self._micro_batches(name), self._sums(name)) + self._feedback(name),
+            messages=max(self._micro_batches(name), self._sums(name)) + self._feedback(name) + self._shared_out(name),
             journal=WRITTEN * (parts.adapters + parts.optimizer + self._rounds(name).anchors),
             rounds=self._rounds(name).total,
         )
+
+    def follower(self, name: str) -> Parts:
+        """Of any rank but 0: it computes its share, and has neither clients nor a journal."""
+        parts = self.role(name)
+        spread = self.recipe.server.zero.stage in (1, 2)
+        return replace(
+            parts,
+            optimizer=parts.optimizer if spread else 0,
+            logits=0,
+            messages=2 * (parts.adapters + self._largest(name)),
+            rounds=self._rounds(name).anchors,
+            journal=0,
+        )
+
+    def processes(self, name: str) -> int:
+        """How many a role has."""
+        return self.recipe.server.processes if tier_of(self.recipe, name)[0] > 0 else 1
 
     @cached_property
     def _held(self) -> Callable[[str], Parts]:
@@ -198,10 +223,11 @@ class _Book:
 
     def _holding(self, name: str) -> Parts:
         """Weights, adapters, their gradients and optimisers."""
-        price = role_holding(self.recipe, self.config, self.modules, name)
+        several = self.processes(name)
+        price = role_holding(self.recipe, self.config, self.modules, name, processes=several)
         adapters, gradients, optimizer = price.adapter, price.gradients, price.optimizer
         for client in self._tenants(name):
-            own = tenant_holding(self.recipe, self.config, self.modules, name, client)
+            own = tenant_holding(self.recipe, self.config, self.modules, name, client, processes=several)
             adapters, gradients = adapters + own.adapter, gradients + own.gradients
             optimizer += own.optimizer
         spread, on_host = self.spread(name), 0
@@ -248,6 +274,18 @@ class _Book:
         work = work_of(recipe, self.modules, entry, stop, rows=self._rows(client), own=own)
         return replace(work, lora=lora_of(recipe, client))
 
+    def _works(self, name: str) -> set[Work]:
+        """What one process of a role computes of each micro-batch."""
+        rows = self._share(name).rows
+        works = {self._work(name, client) for client in self._clients(name)}
+        return works if rows is None else {replace(work, rows=min(rows, work.rows)) for work in works}
+
+    def _share(self, name: str) -> Share:
+        """What one process of a role computes of what it does."""
+        if self.processes(name) == 1:
+            return Share()
+        return largest_share(self.recipe, self.config, [self._rows(client) for client in self._clients(name)])
+
     def _rows(self, client: int) -> int:
         """Of a micro-batch, as its server takes them."""
         sizes = [found.batch_sizes[client] for found in self.admissions.values() if client in found.batch_sizes]
@@ -261,13 +299,13 @@ class _Book:
         """Of all micro-batches between forward and backward, and of one block that a backward builds again."""
         works = [self._work(name, client) for client in self._clients(name)]
         each = [activation_bytes(self.config, work) for work in works]
-        again = max((recomputed_bytes(self.config, work) for work in works), default=0)
-        room = self.admissions[name].room if name in self.admissions else None
+        again = max((recomputed_bytes(self.config, work) for work in self._works(name)), default=0)
+        room, share = self.admissions[name].room if name in self.admissions else None, self._share(name)
         if room is not None:
-            return room.bytes
+            return int(share.part * room.bytes)
         if self._goes_back_at_once(name):
-            return self._batch(works, each) + again
-        return sum(each) * at_once(self.recipe, self.config, self.modules, name) + again
+            return int(share.part * self._batch(works, each)) + again
+        return share.of(each) * at_once(self.recipe, self.config, self.modules, name) + again
 
     def _goes_back_at_once(self, name: str) -> bool:
         """Whether a role with the loss has one graph at a time: of a server that gets the labels."""
@@ -328,6 +366,18 @@ class _Book:
             kept = 2 * down * (tier_of(self.recipe, name)[0] > 0)
             found += under_way * (asked + served) + kept
         return found
+
+    def _shared_out(self, name: str) -> int:
+        """Of rank 0: adapters as it sent them last and the gradients of other ranks, and what comes from those."""
+        others = self.processes(name) - 1
+        if not others:
+            return 0
+        return (1 + others) * self._held(name).adapters + 2 * self._largest(name)
+
+    def _largest(self, name: str) -> int:
+        """The hidden states of the largest batch that a server makes."""
+        each = [hidden_bytes(self.recipe, self.config, self._rows(client)) for client in self._clients(name)]
+        return self._batch([self._work(name, client) for client in self._clients(name)], each)
 
     def _sums(self, name: str) -> int:
         """Gradients that are summed over roles at the end of a step: what comes, the sum, and what goes up."""

@@ -39,6 +39,7 @@ def as_json(ledger: Ledger, free: int | None) -> dict[str, Any]:
     """
     return {
         "roles_mib": {name: mib_of(parts) for name, parts in ledger.roles().items()},
+        "each_other_rank_mib": {name: mib_of(ranks[1]) for name, ranks in _ranks(ledger).items()},
         "in_files_mib": {name: round(size / MIB, 2) for name, size in ledger.files().items()},
         "in_one_process_mib": mib_of(ledger.together),
         "all_processes_mib": round(ledger.apart / MIB, 1),
@@ -66,9 +67,21 @@ def in_files(ledger: Ledger) -> list[str]:
 
 def rows_of(ledger: Ledger) -> dict[str, Parts]:
     """The rows of that table."""
-    kinds = _kinds(ledger)
-    rows = {f"{what} x{len(names)}" if len(names) > 1 else names[0]: parts for what, names, parts in kinds}
+    rows, several = dict[str, Parts](), _ranks(ledger)
+    for what, names, parts in _kinds(ledger):
+        kind = f"{what} x{len(names)}" if len(names) > 1 else names[0]
+        if names[0] in several:
+            ranks = several[names[0]]
+            rows |= {f"{kind}, rank 0 of {len(ranks)}": parts, f"{kind}, each other rank": ranks[1]}
+        else:
+            rows[kind] = parts
     return {**rows, TOGETHER: ledger.together}
+
+
+def _ranks(ledger: Ledger) -> dict[str, list[Parts]]:
+    """What each process holds of servers in several."""
+    ranks = {name: ledger.processes(name) for name in ledger.roles()}
+    return {name: found for name, found in ranks.items() if len(found) > 1}
 
 
 def lines_of(rows: Mapping[str, Parts]) -> list[str]:
