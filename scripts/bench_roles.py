@@ -1,12 +1,14 @@
 """What roles of real size take as processes of their own: predicted beside measured, and tokens a second, by mode.
 
-    python scripts/bench_roles.py                  every mode of `MODES`, as a Markdown table
-    python scripts/bench_roles.py client           one mode
-    python scripts/bench_roles.py --json ...       the figures as JSON
+    python scripts/bench_roles.py                          every mode, as a Markdown table
+    python scripts/bench_roles.py --modes plain "2 x FSDP2"
+    python scripts/bench_roles.py --json ...               the figures as JSON
 
-Each mode is a run of `splitllm client`, `edge` and `cloud` over loopback, on random weights that are written to a
-temporary folder (Gemma-2B's shapes, bf16; up to 5.4 GB, --folder says where). Measured is the peak of the resident set
-of each process as Linux counts it; predicted is what `splitllm plan --memory` says of the same recipe.
+Each mode is a run of `splitllm client`, `edge` and `cloud` over loopback, on random weights that are written once
+(Gemma-2B's shapes, bf16; up to 5.4 GB, --folder says where). Measured is the peak of the resident set of each process as
+Linux counts it; predicted is what `splitllm plan --memory` says of the same recipe. Rows are printed as they come, and
+with --out all figures are in a file after each of them, which another run adds to. Where DeepSpeed has to compile its
+operators for files, run `make operators` first, or the first such mode takes minutes longer.
 """
 
 from __future__ import annotations
@@ -14,113 +16,66 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
-import socket
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bench_memory import MIB, write_shards
+from role_modes import LENGTH, MODES, ROOT, Mode, Shape, recipe_of
+from role_processes import RoleFailed, free_port, imported_of, resident_after, said, start, watched
 
-ROOT = Path(__file__).resolve().parents[1]
-GEMMA_2B = {
-    "model_type": "gemma", "architectures": ["GemmaForCausalLM"], "vocab_size": 256_000, "hidden_size": 2048,
-    "intermediate_size": 16_384, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
-    "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
-    "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
-}  # fmt: skip
-LENGTH = 128
 HEAVY = ("datasets", "deepspeed", "pyarrow")
 """Packages that a role imports only where its recipe needs them."""
 IMPORTS = "import splitllm.deployment.client, splitllm.deployment.server"
 BARE_IMPORTS = "import torch, transformers, peft"
+HEADING = "| mode | role | predicted | measured | difference | tokens/s |\n|---|---|---:|---:|---:|---:|"
+OWN_COLUMN = ("process", "weights", "offloaded", "adapters", "gradients", "optimizer", "activations")
+COLUMNS = ("mode", "of", *OWN_COLUMN, "buffers", "predicted", "measured")
+BY_HELD = {"weights": "weights", "adapter and optimiser": "optimizer", "activations of a batch": "activations"}
+"""What a role counts of its own tensors, and the column in which that is; adapter and optimiser are one number."""
+Figures = dict[str, dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Mode:
-    """A way to run a model of Gemma-2B's width: how many blocks the edge has, and what the recipe says beside that.
-
-    Attributes:
-        edge: blocks of the edge; the client and the cloud have one each. 0: there is no edge.
-        overrides: of the recipe.
-        environment: of all its processes.
-        at_edge: overrides of the edge alone; `{folder}` is one for its files.
-        processes: of the edge, under `accelerate launch`.
-        rows: of a micro-batch.
-    """
-
-    edge: int
-    overrides: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
-    at_edge: tuple[str, ...] = ()
-    processes: int = 1
-    rows: int = 1
-
-
-MODES = {
-    "client": Mode(0, ("split.memory_mib={client: 850}",), {"PYTHONPROFILEIMPORTTIME": "1"}),
-    "client without a limit": Mode(0),
-    "plain": Mode(18),
-    "activation checkpointing": Mode(18, ("train.activation_checkpointing=true",)),
-    "nf4": Mode(18, ("quantization={edge: nf4}",)),
-    "int8": Mode(18, ("quantization={edge: int8}",)),
-    "two rows": Mode(18, rows=2),
-    "two rows, two processes": Mode(18, processes=2, rows=2),
-}
-"""A mode is a row of the table; the first two are about the client."""
-
-
-def recipe_of(mode: Mode, base: Path, rows: Path, address: dict[str, int]) -> str:
-    """One client with rows of 128 tokens, LoRA of rank 8 on every linear layer."""
-    tiers, cuts = (
-        ("{client: 1, edge: 1, cloud: 1}", [1, 1 + mode.edge]) if mode.edge else ("{client: 1, cloud: 1}", [1])
-    )
-    places = ", ".join(f"{name}: '127.0.0.1:{port}'" for name, port in address.items())
-    return f"""\
-model: {{base: {base}, tokenizer: {ROOT / "recipes/quickstart-base"}, dtype: bfloat16}}
-split: {{tiers: {tiers}, cuts: {cuts}, labels: cloud}}
-lora: {{rank: 8, alpha: 16, targets: all-linear}}
-data: {{source: {rows}, format: text, max_length: {LENGTH}, eval_fraction: 0.1}}
-train: {{steps: 4, batch_size: {mode.rows}, threads: 1, schedule: {{name: constant}}}}
-wire: {{addresses: {{{places}}}}}
-"""
-
-
-def run(mode: Mode, folder: Path) -> dict[str, dict[str, float]]:
+def run(mode: Mode, shape: Shape, folder: Path, limit: float) -> Figures:
     """All roles as processes until the run is complete: figures by role, in bytes, and tokens a second."""
-    base, rows, recipe = folder / f"base-{mode.edge}", folder / "rows.jsonl", folder / "recipe.yaml"
-    layers = mode.edge + 2 if mode.edge else 3
-    if not base.exists():
-        base.mkdir()
-        write_shards(base, GEMMA_2B, layers, "bfloat16")
-    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in _texts(10)), encoding="utf-8")
+    base, work = base_of(mode, shape, folder), folder / "run"
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "files").mkdir(parents=True)
+    (work / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in _texts(10)))
     servers = ["cloud", *(["edge"] if mode.edge else [])]
-    recipe.write_text(recipe_of(mode, base, rows, {name: _free_port() for name in servers}), encoding="utf-8")
-    processes = {}
-    for name in [*servers, "client"]:
-        count = mode.processes if name == "edge" else 1
-        own = [word.format(folder=folder / "files") for word in mode.at_edge] if name == "edge" else []
-        words = [name, str(recipe), *mode.overrides, *own, f"server.processes={count}"]
-        words += ["--output-dir", str(folder / name)]
-        processes[name] = _start(words, folder / f"{name}.log", mode.environment, count)
+    ports = {name: free_port() for name in servers}
+    (work / "recipe.yaml").write_text(recipe_of(mode, shape, base, work / "rows.jsonl", ports), encoding="utf-8")
+    counts = {name: mode.processes if name == "edge" else 1 for name in [*servers, "client"]}
+    processes = {
+        name: start(_words(name, mode, work), work / f"{name}.log", mode.environment, count)
+        for name, count in counts.items()
+    }
     try:
-        peaks = _watched(processes)
-    finally:
-        for process in processes.values():
-            process.kill()
-    failed = [name for name, process in processes.items() if process.wait()]
-    if failed:
-        raise SystemExit("\n".join((folder / f"{name}.log").read_text()[-3000:] for name in failed))
-    figures = {name: {**peak, **_said(folder / f"{name}.log")} for name, peak in peaks.items()}
-    for name in [*processes, "files"]:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        peaks = watched(processes, counts, limit)
+    except RoleFailed as error:
+        raise RoleFailed("\n".join([str(error), *(_tail(work / f"{name}.log") for name in counts)])) from error
+    figures = {label: {"measured": peak, **_told(work, label)} for label, peak in peaks.items()}
+    shutil.rmtree(work)
     return figures
+
+
+def base_of(mode: Mode, shape: Shape, folder: Path) -> Path:
+    """The checkpoint, which is written once."""
+    layers = shape.blocks + 2 if mode.edge else 3
+    base = folder / f"base-{layers}-{shape.width}-{mode.table}"
+    if not base.exists():
+        part = folder / f"{base.name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        write_shards(part, shape.config(mode.table), layers, "bfloat16")
+        part.rename(base)
+    return base
 
 
 def _texts(count: int) -> list[str]:
@@ -128,111 +83,130 @@ def _texts(count: int) -> list[str]:
     return [" ".join(f"word{number * 1000 + place}" for place in range(LENGTH)) for number in range(count)]
 
 
-def _start(words: Sequence[str], log: Path, environment: dict[str, str], count: int) -> subprocess.Popen[bytes]:
-    shared = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
-    launch = [*launch, "--main_process_port", str(_free_port())] if count > 1 else []
-    command = [sys.executable, *launch, "-m", "splitllm", *words]
-    with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=shared)
+def _words(name: str, mode: Mode, work: Path) -> list[str]:
+    """The command line of a role."""
+    own = [word.replace("FOLDER", str(work / "files")) for word in mode.at_edge] if name == "edge" else []
+    own += [f"server.processes={mode.processes if name == 'edge' else 1}", f"train.threads={mode.threads(name)}"]
+    return [name, str(work / "recipe.yaml"), *mode.overrides, *own, "--output-dir", str(work / name)]
 
 
-def _watched(processes: dict[str, subprocess.Popen[bytes]]) -> dict[str, dict[str, float]]:
-    """The peak of each, which the kernel keeps, as long as it lives; a role that fails ends them all."""
-    peaks: dict[str, dict[str, float]] = {name: {} for name in processes}
-    while any(process.poll() is None for process in processes.values()):
-        for name, process in processes.items():
-            for pid in (process.pid, *_children(process.pid)):  # of a launcher the largest rank
-                peaks[name]["measured"] = max(peaks[name].get("measured", 0), _resident(pid))
-            if process.poll():
-                return peaks
-        time.sleep(0.05)
-    return peaks
+def _told(work: Path, label: str) -> dict[str, Any]:
+    log = work / f"{label.split(',')[0]}.log"
+    return {**said(log), "heavy_imports": len(imported_of(HEAVY, log))}
 
 
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+def _tail(log: Path) -> str:
+    return f"{log.name}: ...{log.read_text(errors='replace')[-2000:]}"
 
 
-def _resident(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"VmHWM:\s+(\d+)", status)  # a zombie has none
-    return int(found[1]) * 1024 if found else 0
+# Tables.
 
 
-def _said(log: Path) -> dict[str, float]:
-    """What a role logged of itself: tokens a second in its steps after the first, and what it predicted."""
-    events = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
-    steps = [event for event in events if event["event"] == "step" and event.get("tokens")][1:]
-    told: dict[str, float] = (
-        {"tokens_per_second": sum(s["tokens"] for s in steps) / sum(s["seconds"] for s in steps)} if steps else {}
-    )
-    told["heavy_imports"] = len(imported_of(HEAVY, log))
-    predicted = [event["predicted_mib"] * MIB for event in events if "predicted_mib" in event]
-    return told | ({"predicted": predicted[0]} if predicted else {})
+def as_rows(mode: str, roles: Figures) -> list[str]:
+    """A mode as Markdown: a row for each process; MiB."""
+    lines = []
+    for role, told in sorted(roles.items()):
+        predicted, measured = told.get("predicted"), told["measured"]
+        off = "?" if predicted is None else f"{100 * (predicted / measured - 1):+.0f} %"
+        rate = f"{told['tokens_per_second']:.1f}" if "tokens_per_second" in told else ""
+        there = "?" if predicted is None else f"{predicted / MIB:,.0f}"
+        lines.append(f"| {mode} | {role} | {there} | {measured / MIB:,.0f} | {off} | {rate} |")
+    return lines
 
 
-def imported_of(packages: Sequence[str], log: Path) -> list[str]:
-    """Which of some packages a process imported, where it ran with PYTHONPROFILEIMPORTTIME: the log tells all."""
-    found = {
-        line.rpartition("|")[2].strip() for line in log.read_text().splitlines() if line.startswith("import time:")
-    }
-    assert "torch" in found or not found, "imports are told, or nothing is"
-    return [name for name in packages if name in found]
-
-
-def resident_after(imports: str) -> int:
-    """Bytes of an interpreter that has imported something."""
-    code = f"{imports}; print(open('/proc/self/status').read())"
-    command = [sys.executable, "-c", code]
-    status = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ}).stdout
-    found = re.search(r"VmRSS:\s+(\d+)", status)
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def as_table(figures: dict[str, dict[str, Any]]) -> str:
-    """The figures as Markdown: a row for each role of each mode; MiB."""
-    lines = ["| mode | role | predicted | measured | difference | tokens/s |", "|---|---|---:|---:|---:|---:|"]
+def as_parts(figures: Mapping[str, Figures]) -> str:
+    """Of each edge what it was predicted to hold by what it is for, and below what it counted of that; MiB."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
     for mode, roles in figures.items():
-        for role, told in roles.items():
-            predicted, measured = told.get("predicted"), told["measured"]
-            off = "?" if predicted is None else f"{100 * (predicted / measured - 1):+.0f} %"
-            rate = f"{told['tokens_per_second']:.1f}" if "tokens_per_second" in told else ""
-            there = "?" if predicted is None else f"{predicted / MIB:,.0f}"
-            lines.append(f"| {mode} | {role} | {there} | {measured / MIB:,.0f} | {off} | {rate} |")
+        for role, told in sorted(roles.items()):
+            if role.startswith("edge") and "parts" in told:
+                lines += _parts_rows(f"{mode}{role.removeprefix('edge')}", told)
     return "\n".join(lines)
 
 
-def main() -> None:
+def _parts_rows(name: str, told: Mapping[str, Any]) -> list[str]:
+    parts = dict(told["parts"])
+    predicted = {column: parts.pop(column, 0) for column in OWN_COLUMN}
+    predicted |= {"buffers": sum(parts.values()), "predicted": told["predicted"]}
+    counted = {column: told.get("held", {}).get(held, 0) for held, column in BY_HELD.items()}
+    counted["measured"] = told["measured"]
+    rows = {"predicted": predicted, "held": counted}
+    return [
+        f"| {name} | {what} | " + " | ".join(_cell(row.get(column, 0)) for column in COLUMNS[2:]) + " |"
+        for what, row in rows.items()
+    ]
+
+
+def _cell(size: float) -> str:
+    return f"{size / MIB:,.0f}" if size else ""
+
+
+# All of it.
+
+
+@contextmanager
+def place(folder: Path | None) -> Iterator[Path]:
+    """Where checkpoints are written: a folder that stays, or one that does not."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+
+
+def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modes", nargs="*", metavar="MODE", help="which; all by default")
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written (default: the temporary folder)")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE", help="which; all by default")
+    parser.add_argument(
+        "--folder", type=Path, help="where checkpoints are written, and stay (default: a temporary one)"
+    )
+    parser.add_argument("--out", type=Path, help="a JSON file of all figures, written after each mode")
     parser.add_argument("--json", action="store_true", help="print figures in bytes as JSON")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a mode is given up")
+    parser.add_argument("--blocks", type=int, default=Shape.blocks, help="of the edge, to try something smaller")
+    parser.add_argument("--width", type=int, default=Shape.width, help="of the model, a multiple of 256")
     options = parser.parse_args()
-    unknown = sorted(set(options.modes) - set(MODES))
-    if unknown:
+    if unknown := sorted(set(options.modes) - set(MODES)):
         parser.error(f"no mode {unknown[0]}; there are {', '.join(MODES)}")
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        figures: dict[str, Any] = {name: run(MODES[name], Path(folder)) for name in options.modes or MODES}
+    return options
+
+
+def run_modes(options: argparse.Namespace) -> tuple[dict[str, Figures], list[str]]:
+    """Figures by mode, those of the file among them, and the modes that failed."""
+    shape, failed = Shape(options.blocks, options.width), []
+    figures: dict[str, Figures] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    with place(options.folder) as folder:
+        for name in options.modes:
+            started = time.monotonic()
+            try:
+                figures[name] = run(MODES[name], shape, folder, options.limit)
+            except RoleFailed as error:
+                failed.append(name)
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+                continue
+            if options.out:
+                options.out.write_text(json.dumps(figures))
+            if not options.json:
+                print("\n".join(as_rows(name, figures[name])), flush=True)
+            print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return figures, failed
+
+
+def main() -> None:
+    options = options_of()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # roles end with this process
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / "build/extensions"))  # as `make operators` has it
+    if not options.json:
+        print(HEADING, flush=True)
+    figures, failed = run_modes(options)
     imports = {"imports": resident_after(IMPORTS), "torch, transformers, peft": resident_after(BARE_IMPORTS)}
     if options.json:
         print(json.dumps({**figures, "interpreter": imports}))
-        return
-    print(as_table(figures))
-    print("\n" + "; ".join(f"an interpreter with {name}: {size / MIB:,.0f} MiB" for name, size in imports.items()))
+    else:
+        print(f"\n{as_parts(figures)}\n")
+        print("; ".join(f"an interpreter with {name}: {size / MIB:,.0f} MiB" for name, size in imports.items()))
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

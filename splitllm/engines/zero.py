@@ -71,8 +71,9 @@ class Partitioned:
         if not matrices:
             return
         if self._first is None:
+            half = {"bf16": {"enabled": matrices[0].dtype == torch.bfloat16}}  # otherwise files hold fp32
             with rank_of(self._device):
-                self._deepspeed.zero.Init(module=nn.ParameterList(matrices), config_dict_or_path=self._config)
+                self._deepspeed.zero.Init(module=nn.ParameterList(matrices), config_dict_or_path=self._config | half)
             self._first = matrices[0]
         else:
             self._first.convert_to_zero_parameters(param_list=matrices)

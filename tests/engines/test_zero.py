@@ -133,13 +133,14 @@ def files_work() -> bool:
 
 
 @pytest.mark.system
-def test_weights_in_files_are_not_in_memory_and_compute_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_in_files_are_not_in_memory_and_compute_the_same(dtype: str, tmp_path: Path) -> None:
     if not files_work():
         pytest.skip("needs libaio: install the package libaio-dev")
     (tmp_path / "files").mkdir()
     sizes = {"num_hidden_layers": 6, "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": WORDS + 3}
     save_base(tmp_path / "base", LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8))
-    command = [sys.executable, "-m", "tests.engines.files", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.engines.files", str(tmp_path), dtype]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=900, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
