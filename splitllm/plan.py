@@ -143,10 +143,9 @@ def refuse_without_room(plan: Plan, name: str | None = None) -> None:
 def describe(plan: Plan) -> list[str]:
     """What a recipe will do, for `splitllm validate`."""
     recipe = plan.recipe
-    trained = {block_of(plan.config, module) for module in plan.modules}
     tiers = [
-        f"  {line}" + (" (trains)" if any(start <= block < stop for block in trained) else " (frozen)")
-        for line, (start, stop) in zip(plan.tier_lines(), plan.bounds, strict=True)
+        f"  {line} ({_what_trains(plan, range(*bounds))})"
+        for line, bounds in zip(plan.tier_lines(), plan.bounds, strict=True)
     ]
     shares = [
         f"  {share.client}: {share.examples} rows, {share.tokens} tokens, {share.labels} labels"
@@ -171,6 +170,13 @@ def describe(plan: Plan) -> list[str]:
         *([f"rounds: {rounds_line(recipe)}"] if goes_by_rounds(recipe) else []),
         "the recipe is valid",
     ]
+
+
+def _what_trains(plan: Plan, blocks: range) -> str:
+    """Of a tier of these blocks."""
+    if not plan.full.isdisjoint(blocks):
+        return "trains in full"
+    return "trains" if any(block_of(plan.config, module) in blocks for module in plan.modules) else "frozen"
 
 
 def _common(plan: Plan) -> str:

@@ -21,6 +21,7 @@ from splitllm.engines.zero import missing
 from splitllm.errors import CheckpointError, RecipeError, SplitLLMError
 from splitllm.model.export import load_adapter, tensor_shapes
 from splitllm.model.families import dropouts, layout_of, set_dropouts
+from splitllm.model.full import full_shapes
 from splitllm.model.loading import Checkpoint, load_config, quiet_transformers
 from splitllm.model.lora import block_of, matched_modules
 from splitllm.model.machine import give_back
@@ -45,7 +46,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # PEFT's settings that change what an a
     "layer_replication": (None, []),
     "lora_bias": (None, False),
     "bias": (None, "none"),
-    "modules_to_save": (None, []),
     "init_lora_weights": (None, True, False, "gaussian"),  # the others change the base as well
 }
 
@@ -338,6 +338,12 @@ def _start_fits(recipe: Recipe, config: PreTrainedConfig, shapes: Shapes) -> Non
         for name, neutral in NEUTRAL.items()
         if (value := getattr(peft_config, name, None)) not in neutral
     ]
+    in_full = {name: tensor.shape for name, tensor in tensors.items() if ".lora_" not in name}
+    if peft_config.modules_to_save and in_full != full_shapes(config, full_blocks(recipe, config.num_hidden_layers)):
+        kept = f"{lora.start_from} has all weights of {', '.join(peft_config.modules_to_save)}"
+        wrong.append(f"train.full_tiers: {kept}; have a tier of these blocks, and no others, train in full")
+    if peft_config.modules_to_save:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in in_full}
     matched = set(matched_modules(config, _targets(recipe)))
     stored = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in tensors}
     if stored != {name for name in matched if _tier_trains(recipe, config, name)}:

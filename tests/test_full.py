@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from splitllm.recipe import Recipe
+from splitllm.recipe import Recipe, load_recipe
+from splitllm.train import train
 from tests.families import corpus, recipe, roles_of
 from tests.test_exactness import adapter_of, check, compare, gradients, one_step, with_moved_b
+from tests.tiny import write_recipe
 from tests.unsplit import Unsplit
 
 TREES: dict[str, tuple[list[int], list[str]]] = {
@@ -82,13 +88,45 @@ def test_a_state_is_all_that_a_run_goes_on_from() -> None:
     assert all(tensor.equal(adapter_of(second)[name]) for name, tensor in adapter_of(whole).items())
 
 
-async def _evaluated(roles: Any) -> float:
-    return sum([report.loss for report in await asyncio.gather(*(client.evaluate() for client in roles.clients))])
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_recipe(folder)
+    return folder
 
 
-def test_mixed_precision_learns() -> None:
-    roles = roles_of(in_full("llama", "cloud", dtype="float32", train={"mixed_precision": "bf16"}), corpus(2))
-    before = asyncio.run(_evaluated(roles))
-    for step in range(4):
-        one_step(roles, step)
-    assert asyncio.run(_evaluated(roles)) < before
+def run(folder: Path, name: str, *words: str, resume: bool = False) -> Path:
+    wanted = load_recipe(folder / "recipe.yaml", ["train.full_tiers=[edge, cloud]", "train.keep=9", *words])
+    train(wanted, folder / name, resume=resume)
+    return folder / name
+
+
+def test_peft_loads_what_a_run_leaves(folder: Path) -> None:
+    summary = json.loads((run(folder, "verified", "train.verify_adapter=true") / "summary.json").read_text())
+    assert summary["unsplit_loss_after"] == pytest.approx(summary["eval_loss_after"], rel=1e-6)
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.01
+
+
+def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(folder: Path) -> None:
+    whole, parts = run(folder, "whole"), folder / "parts"
+    shutil.copytree(whole, parts)
+    for step in (3, 4):
+        shutil.rmtree(parts / "checkpoints" / f"step-{step}")
+    run(folder, "parts", resume=True)
+    ours, theirs = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (parts, whole))
+    assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
+
+
+def test_mixed_precision_learns_in_fp32_weights(folder: Path) -> None:
+    summary = json.loads((run(folder, "mixed", "train.mixed_precision=bf16") / "summary.json").read_text())
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.01
+    adapter = load_file(folder / "mixed" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("zero", ["{stage: 1}", "{stage: 2, offload_optimizer: cpu}"])
+def test_a_spread_optimiser_steps_them_as_a_plain_one(folder: Path, zero: str) -> None:
+    plain, spread = run(folder, f"beside {zero}"), run(folder, f"zero {zero}", f"server.zero={zero}")
+    ours, theirs = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (spread, plain))
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[k] - theirs[k]).abs().max() / theirs[k].abs().max()) for k in ours) < 1e-5

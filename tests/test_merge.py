@@ -29,8 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     for family, variant in (("gpt2", "lora.rslora=true"), ("llama", "lora.dora=true")):
         (folder / family).mkdir()
-        recipe = load_recipe(write_recipe(folder / family, family), [variant, "train.optimizer.lr=0.1"])
-        train(recipe, folder / family / "run")
+        path = write_recipe(folder / family, family)
+        train(load_recipe(path, [variant, "train.optimizer.lr=0.1"]), folder / family / "run")
+        train(load_recipe(path, ["train.full_tiers=[edge]", "train.optimizer.lr=0.1"]), folder / family / "in full")
     return folder
 
 
@@ -47,9 +48,12 @@ def refusal(adapter: Path, base: Path | str, output_dir: Path) -> str:
     return done.stderr
 
 
+@pytest.mark.parametrize("run", ["run", "in full"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_the_merged_model_computes_what_base_and_adapter_do(folder: Path, tmp_path: Path, family: str) -> None:
-    base, adapter = folder / family / "base", folder / family / "run" / "adapter"
+def test_the_merged_model_computes_what_base_and_adapter_do(
+    folder: Path, tmp_path: Path, family: str, run: str
+) -> None:
+    base, adapter = folder / family / "base", folder / family / run / "adapter"
     done = merge(adapter, base, tmp_path / "new" / "merged")
     assert (done.exit_code, done.stderr) == (0, "")
     ids_BS = torch.arange(1, 25).reshape(2, 12)

@@ -379,7 +379,6 @@ def test_an_adapter_of_another_width_or_cut_short_is_no_start(folder: Path, adap
         ("rank_pattern", {"c_attn": 2}),
         ("lora_bias", True),
         ("bias", "all"),
-        ("modules_to_save", ["lm_head"]),
         ("init_lora_weights", "pissa"),
     ],
 )
@@ -391,6 +390,20 @@ def test_an_adapter_with_settings_that_a_recipe_has_not_is_no_start(
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     found = complaints(folder, tmp_path, f"lora.start_from={tmp_path / 'odd'}")
     assert found == [f"lora.start_from: TMP/odd: {key}={value!r} in its adapter_config.json has no place in a recipe"]
+
+
+def test_weights_that_were_trained_in_full_are_trained_on(folder: Path, tmp_path: Path) -> None:
+    words = ["train.steps=1", "train.schedule.warmup_steps=0", "train.full_tiers=[edge]"]
+    first = tmp_path / "first"
+    train(load_recipe(folder / "recipe.yaml", words), first)
+    again = load_recipe(folder / "recipe.yaml", [*words, f"lora.start_from={first / 'adapter'}"])
+    train(again, tmp_path / "second")
+    once, twice = (json.loads((tmp_path / run / "summary.json").read_text()) for run in ("first", "second"))
+    assert once["eval_loss_after"] == twice["eval_loss_before"] != once["eval_loss_before"]
+    for tiers in ("null", "[cloud]"):
+        found = complaints(folder, tmp_path, f"lora.start_from={first / 'adapter'}", f"train.full_tiers={tiers}")
+        said = "train.full_tiers: TMP/first/adapter has all weights of transformer.h.1, transformer.h.2; have a tier of"
+        assert found[0].startswith(said)
 
 
 def test_an_adapter_with_further_tensors_is_no_start(folder: Path, adapter: Path, tmp_path: Path) -> None:

@@ -32,6 +32,11 @@ def bare(key: str) -> str:
     return key.removeprefix("base_model.model.")
 
 
+def block_in(key: str) -> str:
+    """The block, of a name in an adapter file."""
+    return ".".join(bare(key).split(".")[:3])
+
+
 class Masks(nn.Module):
     """Adapter dropout by a mask over the real tokens of the micro-batch, keyed by it and by the module's name."""
 
@@ -67,7 +72,8 @@ class Unsplit:
             use_rslora=lora.rslora,
             use_dora=lora.dora,
             target_modules=sorted({bare(key).split(".lora_")[0] for key in adapter if ".lora_" in key}),
-            modules_to_save=sorted({".".join(bare(key).split(".")[:3]) for key in adapter if ".lora_" not in key}) or None,
+            modules_to_save=sorted({".".join(bare(key).split(".")[:3]) for key in adapter if ".lora_" not in key})
+            or None,
         )
         self.model: Any = get_peft_model(base, config)
         self.parameters = {peft_key(n): p for n, p in self.model.named_parameters() if p.requires_grad}

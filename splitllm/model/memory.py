@@ -14,12 +14,24 @@ import torch
 from transformers import PreTrainedConfig
 
 from splitllm.model.families import layout_of
+from splitllm.model.full import full_shapes
 from splitllm.model.graphs import NOBODY, Work, bytes_by_block
 from splitllm.model.keyed import remembered
 from splitllm.model.lora import adapter_dtype, adapter_shapes, block_of, in_model
 from splitllm.model.quantized_bytes import saved_bytes
 from splitllm.model.shard import meta_model
-from splitllm.recipe import LoraRecipe, Recipe, client_cuts, lora_of, own_blocks, role_bounds, tenant_blocks, tier_of
+from splitllm.recipe import (
+    LoraRecipe,
+    Recipe,
+    client_cuts,
+    clients_below,
+    full_blocks,
+    lora_of,
+    own_blocks,
+    role_bounds,
+    tenant_blocks,
+    tier_of,
+)
 
 STEP_BYTES = 4  # AdamW counts the steps of each tensor in fp32
 OPTIMIZER_BYTES: dict[str, Callable[[int, int], int]] = {
@@ -55,6 +67,10 @@ class Price:
         """All of it."""
         return sum(astuple(self))
 
+    def __add__(self, other: Price) -> Price:
+        """Both."""
+        return Price(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
 
 def role_price(
     recipe: Recipe,
@@ -83,7 +99,7 @@ def role_price(
     if tier > 0:
         return held
     (start, stop), under_way = role_bounds(recipe, layers)[name], in_flight or recipe.train.in_flight
-    work = replace(work_of(recipe, modules, start, stop, rows=rows), lora=lora_of(recipe, index))
+    work = replace(work_of(recipe, config, modules, start, stop, rows=rows), lora=lora_of(recipe, index))
     crossing = (stop < layers) * CROSSING // 2 * hidden_bytes(recipe, config, rows, None)
     return replace(held, activations=_graphs(config, work, under_way), messages=under_way * crossing)
 
@@ -117,7 +133,7 @@ def tenant_price(
     layers, lora = config.num_hidden_layers, lora_of(recipe, client)
     entry, stop = _entry(recipe, layers, server, client), role_bounds(recipe, layers)[server][1]
     alone = tenant_blocks(recipe, layers)
-    work = work_of(recipe, modules, entry, stop, rows=rows, length=length, own=alone)
+    work = work_of(recipe, config, modules, entry, stop, rows=rows, length=length, own=alone)
     return replace(
         tenant_holding(recipe, config, modules, server, client),
         activations=_graphs(config, replace(work, lora=lora), in_flight),
@@ -156,7 +172,8 @@ def role_holding(
     if tier == 0:
         return replace(_trained(recipe, lora_of(recipe, index), config, modules, start, stop), weights=weights)
     shared = [module for module in modules if block_of(config, module) not in own_blocks(recipe, layers)]
-    trained = _on_server(recipe, _trained(recipe, recipe.lora, config, shared, start, stop), processes)
+    adapted, in_full = _trained(recipe, recipe.lora, config, shared, start, stop), _in_full(recipe, config, name)
+    trained = _on_server(recipe, adapted + in_full, processes)
     published = tenant_blocks(recipe, layers) != own_blocks(recipe, layers)
     return replace(trained, weights=weights, adapter=(1 + published) * trained.adapter)
 
@@ -166,7 +183,17 @@ def role_weights(recipe: Recipe, config: PreTrainedConfig, name: str) -> int:
     (start, stop), tier = role_bounds(recipe, config.num_hidden_layers)[name], tier_of(recipe, name)[0]
     how = recipe.quantization.get(list(recipe.split.tiers)[tier])
     whole = shard_bytes(config, start, stop, has_head(recipe, tier), dtype_of(recipe))
-    return whole - saved_bytes(config, start, stop, dtype_of(recipe), how)
+    return whole - saved_bytes(config, start, stop, dtype_of(recipe), how) - full_bytes(recipe, config, start, stop)
+
+
+def full_bytes(recipe: Recipe, config: PreTrainedConfig, start: int, stop: int) -> int:
+    """What trains in full of blocks `start` to `stop - 1`."""
+    return sum(map(math.prod, _full_shapes(recipe, config, start, stop))) * dtype_of(recipe).itemsize
+
+
+def _full_shapes(recipe: Recipe, config: PreTrainedConfig, start: int, stop: int) -> list[torch.Size]:
+    blocks = full_blocks(recipe, config.num_hidden_layers).intersection(range(start, stop))
+    return list(full_shapes(config, blocks).values())
 
 
 def _entry(recipe: Recipe, layers: int, server: str, client: int) -> int:
@@ -176,6 +203,7 @@ def _entry(recipe: Recipe, layers: int, server: str, client: int) -> int:
 
 def work_of(
     recipe: Recipe,
+    config: PreTrainedConfig,
     modules: Sequence[str],
     start: int,
     stop: int,
@@ -198,6 +226,7 @@ def work_of(
         packed=recipe.data.pack,
         mixed=recipe.train.mixed_precision is not None,
         own=own,
+        full=full_blocks(recipe, config.num_hidden_layers),
     )
 
 
@@ -272,6 +301,20 @@ def _trained(
     tensors = len(_shapes(config, lora, modules, start, stop))
     optimizer = OPTIMIZER_BYTES[recipe.train.optimizer.name](adapter, tensors)
     return Price(adapter=adapter, gradients=adapter, optimizer=optimizer)
+
+
+def _in_full(recipe: Recipe, config: PreTrainedConfig, name: str) -> Price:
+    """Of a server's blocks that train in full: themselves, gradients and optimiser."""
+    bounds = role_bounds(recipe, config.num_hidden_layers)[name]
+    held, tensors = full_bytes(recipe, config, *bounds), len(_full_shapes(recipe, config, *bounds))
+    optimizer = OPTIMIZER_BYTES[recipe.train.optimizer.name](held, tensors)
+    return Price(adapter=held, gradients=_sums_at_once(recipe, name) * held, optimizer=optimizer)
+
+
+def _sums_at_once(recipe: Recipe, name: str) -> int:
+    """Gradients of a server at once, at most: the sum and the next, or all that wait for their turn in the sum."""
+    accumulate, clients = recipe.train.accumulate, len(clients_below(recipe, name))
+    return min(2, accumulate) if recipe.server.batching == "synchronous" else accumulate * clients
 
 
 def _on_server(recipe: Recipe, trained: Price, processes: int) -> Price:

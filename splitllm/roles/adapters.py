@@ -1,4 +1,4 @@
-"""What a role trains: adapters, or all weights of its blocks; put into its shard, started as the recipe says, each with its optimiser."""
+"""What a role trains: adapters, put into its shard, or all weights of its blocks, each with its optimiser."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from splitllm.model.memory import (
     activation_bytes,
     adapter_bytes,
     dtype_of,
+    full_bytes,
     has_head,
     hidden_bytes,
     recomputed_bytes,
@@ -271,7 +272,7 @@ class _Book:
         tenants = tier_of(recipe, name)[0] > 0
         entry = max(start, client_cuts(recipe)[client]) if tenants else start
         own = tenant_blocks(recipe, layers) if tenants else range(0)
-        work = work_of(recipe, self.modules, entry, stop, rows=self._rows(client), own=own)
+        work = work_of(recipe, self.config, self.modules, entry, stop, rows=self._rows(client), own=own)
         return replace(work, lora=lora_of(recipe, client))
 
     def _works(self, name: str) -> set[Work]:
@@ -396,7 +397,8 @@ class _Book:
         counts = holders(self.recipe, self.config.num_hidden_layers)
         start, stop = role_bounds(self.recipe, self.config.num_hidden_layers)[name]
         modules = [module for module in self.modules if counts[block_of(self.config, module)] > 1]
-        return adapter_bytes(self.config, self.recipe.lora, modules, start, stop, dtype_of(self.recipe))
+        full = full_bytes(self.recipe, self.config, start, stop) if max(counts[start:stop], default=0) > 1 else 0
+        return adapter_bytes(self.config, self.recipe.lora, modules, start, stop, dtype_of(self.recipe)) + full
 
     def _feedback(self, name: str) -> int:
         """What codecs carry on from step to step: of all rows of the run, as far as there is memory for it."""

@@ -28,7 +28,7 @@ def in_flight(recipe: Recipe, config: PreTrainedConfig, modules: Sequence[str], 
     as the server's own question or answer and, between forward and backward, as the graph of the server's blocks.
     """
     start, stop = role_bounds(recipe, config.num_hidden_layers)[name]
-    work = work_of(recipe, modules, start, stop, own=tenant_blocks(recipe, config.num_hidden_layers))
+    work = work_of(recipe, config, modules, start, stop, own=tenant_blocks(recipe, config.num_hidden_layers))
     graph = activation_bytes(config, work) + recomputed_bytes(config, work)
     held = 2 * micro_batch_bytes(recipe, config) + graph
     affordable = recipe.wire.memory_mib * MIB // (held * len(clients_below(recipe, name)))

@@ -63,7 +63,7 @@ def test_what_is_under_way_fits_into_the_memory_allowed_or_is_one(memory_mib: in
     plan = plan_of(recipe("gpt2", [2, 4], data=data, train=train, wire={"memory_mib": memory_mib}), corpus(2))
     for server, clients, start, stop in (("cloud", 2, 4, 6), ("edge-0", 1, 2, 4)):
         count = in_flight(plan, server)
-        graph = activation_bytes(plan.config, work_of(plan.recipe, plan.modules, start, stop))
+        graph = activation_bytes(plan.config, work_of(plan.recipe, plan.config, plan.modules, start, stop))
         held = clients * (2 * micro_batch_bytes(plan) + graph)
         assert 1 <= count <= 16 and (count == 1 or count * held <= memory_mib * MIB)
         assert count == 16 or (count + 1) * held > memory_mib * MIB

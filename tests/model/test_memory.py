@@ -154,7 +154,7 @@ def test_a_tenant_with_a_shared_adapter_adds_activations_and_messages_only() -> 
 def test_a_client_holds_the_micro_batches_it_has_in_flight() -> None:
     config, modules = Checkpoint(checkpoint_folder("llama")).config, modules_of("llama")
     price = role_price(asked("llama"), config, modules, "client-1")
-    assert price.activations == 2 * activation_bytes(config, work_of(asked("llama"), modules, 0, 3))
+    assert price.activations == 2 * activation_bytes(config, work_of(asked("llama"), config, modules, 0, 3))
     assert price.messages == 2 * 2 * 2 * 8 * 32 * 4
 
 
@@ -172,13 +172,13 @@ def test_a_deeper_cut_is_cheaper_for_the_edge_and_the_same_for_the_cloud() -> No
 def test_checkpointing_keeps_less_and_one_block_comes_back() -> None:
     plain, config, modules = asked("gemma3"), Checkpoint(checkpoint_folder("gemma3")).config, modules_of("gemma3")
     saving = plain.model_copy(update={"train": plain.train.model_copy(update={"activation_checkpointing": True})})
-    work = work_of(saving, modules, 0, LAYERS)
+    work = work_of(saving, config, modules, 0, LAYERS)
     again = recomputed_bytes(config, work)
     assert again > activation_bytes(config, work) / LAYERS
     assert activation_bytes(config, replace(work, checkpointing=False)) > 3 * again
     assert recomputed_bytes(config, replace(work, checkpointing=False)) == 0
     price = tenant_price(saving, config, modules, "edge-0", 0, in_flight=2)
-    at_edge = work_of(saving, modules, 2, 4)
+    at_edge = work_of(saving, config, modules, 2, 4)
     assert price.activations == 2 * activation_bytes(config, at_edge) + recomputed_bytes(config, at_edge)
 
 

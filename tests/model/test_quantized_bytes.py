@@ -87,5 +87,5 @@ def test_a_micro_batch_keeps_what_it_keeps_on_plain_weights(
     hidden_TD = torch.randn(21, 32, dtype=getattr(torch, dtype))
     (run,) = worker.forward([Ask(Rows(MicroBatchId(0, 0, 0), (7, 7, 7)), hidden_TD, input_gradient=True)])
     worker.backward([run], [torch.ones_like(run.output_TD)])
-    told = activation_bytes(checkpoint.config, work_of(wanted, modules, 2, 4, rows=3, length=7))
+    told = activation_bytes(checkpoint.config, work_of(wanted, checkpoint.config, modules, 2, 4, rows=3, length=7))
     assert worker.peak()["activations of a batch"] == told

@@ -14,10 +14,10 @@ from transformers import GPT2Config
 
 from splitllm.model.heads import logits_bytes
 from splitllm.model.loading import Checkpoint
-from splitllm.model.lora import matched_modules
+from splitllm.model.lora import block_of, matched_modules
 from splitllm.model.memory import activation_bytes, hidden_bytes, recomputed_bytes, work_of
 from splitllm.policy.admission import MIB
-from splitllm.recipe import Recipe
+from splitllm.recipe import Recipe, full_blocks
 from splitllm.roles.ledger import PARTS, Ledger, Parts
 from tests.families import TARGETS, checkpoint_folder, corpus, recipe, roles_of
 from tests.grids import counts
@@ -33,7 +33,9 @@ def model(family: str) -> tuple[Any, list[str]]:
 
 
 def ledger(wanted: Recipe, family: str = "gpt2", process: int = 0) -> Ledger:
-    return Ledger(wanted, *model(family), process)
+    config, modules = model(family)
+    full = full_blocks(wanted, config.num_hidden_layers)
+    return Ledger(wanted, config, [name for name in modules if block_of(config, name) not in full], process)
 
 
 def wanted(family: str = "gpt2", labels: str = "cloud", cuts: tuple[int, ...] = (2, 4), **changes: Any) -> Recipe:
@@ -54,6 +56,7 @@ HOLDING: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "bfloat16"},
     "local": {"rounds": ROUNDS},
     "one tier": {"cuts": ()},
+    "in full": {"train": {"full_tiers": ["edge", "cloud"], "accumulate": 1}, "server": {"batching": "synchronous"}},
 }
 
 
@@ -69,6 +72,15 @@ def test_weights_adapters_and_optimisers_are_those_of_a_run(case: str) -> None:
             assert parts.weights == worker.peak()["weights"], name
             assert parts.adapters == parts.gradients == adapters, name
             assert parts.adapters + parts.optimizer == worker.peak()["adapter and optimiser"], name
+
+
+def test_weights_that_train_have_as_many_gradients_as_wait_for_their_turn_in_the_sum() -> None:
+    held: dict[tuple[str, int], float] = {}
+    for batching, accumulate in (("none", 1), ("none", 3), ("synchronous", 1), ("synchronous", 3)):
+        train = {"full_tiers": ["cloud"], "accumulate": accumulate}
+        parts = ledger(wanted(train=train, server={"batching": batching})).of("cloud")
+        held[batching, accumulate] = parts.gradients / parts.adapters
+    assert held == {("none", 1): 2, ("none", 3): 6, ("synchronous", 1): 1, ("synchronous", 3): 2}
 
 
 def test_replicas_in_one_process_share_their_weights_and_nothing_else() -> None:
@@ -136,7 +148,7 @@ def test_a_spread_optimiser_is_told_with_its_copies(offload: str) -> None:
 
 def graph(asked: Recipe, start: int, stop: int, family: str = "gpt2") -> int:
     config, modules = model(family)
-    return activation_bytes(config, work_of(asked, modules, start, stop))
+    return activation_bytes(config, work_of(asked, config, modules, start, stop))
 
 
 def test_a_cloud_with_the_labels_has_one_graph_and_an_edge_that_of_every_client() -> None:
@@ -168,7 +180,7 @@ def test_in_one_process_clients_take_turns_unless_they_wait_for_one_another() ->
 def test_checkpointing_keeps_inputs_and_one_block() -> None:
     asked = wanted(cuts=(), train={"activation_checkpointing": True})
     config, modules = model("gpt2")
-    work = work_of(asked, modules, 0, 6)
+    work = work_of(asked, config, modules, 0, 6)
     saving, plain = ledger(asked).of("client-0"), ledger(wanted(cuts=())).of("client-0")
     assert saving.activations == activation_bytes(config, work) + recomputed_bytes(config, work) < plain.activations / 2
     assert replace(saving, activations=0) == replace(plain, activations=0)

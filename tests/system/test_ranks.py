@@ -40,6 +40,7 @@ MODES = {
     "at their own pace": ("server.batching=continuous", "lora.adapters=per_client"),
     "checkpointed": ("train.activation_checkpointing=true", "lora.rank=2"),
     "dropout": ("server.batching=synchronous", "lora.dropout=0.2"),
+    "in full": ("server.batching=synchronous", "train.full_tiers=[edge, cloud]"),
 }
 CLOSE = 1e-9
 ENGINES = {  # overrides of the edge, and how far sums in fp32 may be off
@@ -74,7 +75,7 @@ def held_alone(folder: Path) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("server", "mode"),
     [
-        *(("edge", mode) for mode in ("together",)),
+        *(("edge", mode) for mode in ("together", "in full")),
         *(soaked(server, mode) for server in ("edge", "cloud") for mode in sorted(MODES)),
     ],
 )
