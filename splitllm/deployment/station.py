@@ -110,7 +110,7 @@ class Station:
     @cached_property
     def footprint(self) -> Footprint:
         """What it takes of memory."""
-        return Footprint(self.plan.ledger.of(self.name))
+        return Footprint(self.plan.ledger.processes(self.name)[self.world.rank])
 
     @cached_property
     def schedule(self) -> Callable[[int], float]:

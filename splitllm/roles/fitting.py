@@ -21,7 +21,7 @@ Changes = dict[str, Any]
 """Key of the recipe, such as `train.batch_size` -> another value."""
 SHORTEST = 32  # tokens: rows are not made shorter than this
 FILES = "/var/tmp"
-"""For weights in files, where a recipe names no other folder: unlike /tmp it is no memory."""
+"""For weights in files: unlike /tmp it is never memory."""
 LARGEST_NAMED = 3
 CUTS_TRIED = 8
 
@@ -181,9 +181,8 @@ class _Remedies:
 
     def _offloads(self) -> list[list[Changes]]:
         """Elsewhere than on a server's device: its frozen weights, its optimisers, or a part of what it holds."""
-        server = self.recipe.server
-        files = {"stage": 3, "offload_param": "nvme", "nvme_path": server.zero.nvme_path or FILES}
-        more: Changes = {"server.processes": 2 * server.processes}
+        files = {"stage": 3, "offload_param": "nvme", "nvme_path": FILES}
+        more: Changes = {"server.processes": 2 * self.recipe.server.processes}
         engines: list[Changes] = [{"server.fsdp": True}, {"server.zero": {"stage": 3}}]
         return [
             [{"server.zero": {"stage": 3, "offload_param": "cpu"}}, {"server.zero": files}],

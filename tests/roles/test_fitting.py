@@ -9,10 +9,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config
 
+from splitllm.model.lora import matched_modules
 from splitllm.policy.admission import MIB
 from splitllm.recipe import Recipe
 from splitllm.roles.fitting import (
+    FILES,
     Needs,
     apart_needs,
     device_needs,
@@ -21,6 +24,7 @@ from splitllm.roles.fitting import (
     shortage,
     together_needs,
 )
+from splitllm.roles.ledger import Ledger
 from tests.grids import counts
 from tests.roles.test_ledger import ledger, model, wanted
 
@@ -43,8 +47,9 @@ def total(recipe: Recipe, name: str) -> int:
 def offers(line: str) -> list[tuple[dict[str, Any], int]]:
     """Changes and MiB, as a line names them."""
     advice = line.partition("what would fit: ")[2]
-    pairs = re.findall(r"((?:[\w.]+=(?:\[[^]]*\]|\S+)(?: with )?)+) \(([\d,]+) MiB\)", advice)
-    changes = [{k: yaml.safe_load(v) for k, v in re.findall(r"([\w.]+)=(\[[^]]*\]|\S+)", said)} for said, _ in pairs]
+    value = r"(?:\[[^]]*\]|\{[^}]*\}|\S+)"
+    pairs = re.findall(rf"((?:[\w.]+={value}(?: with )?)+) \(([\d,]+) MiB\)", advice)
+    changes = [{k: yaml.safe_load(v) for k, v in re.findall(rf"([\w.]+)=({value})", said)} for said, _ in pairs]
     return list(zip(changes, [int(mib.replace(",", "")) for _, mib in pairs], strict=True))
 
 
@@ -143,3 +148,81 @@ def test_fewer_bits_are_offered_where_they_will_do() -> None:
     short = wanted("llama", **limit)
     lines = shortage(short, *model("llama"), ledger(short, "llama", process), needs_of_limits)
     assert lines and all("quantization.edge=nf4 (60 MiB)" in line for line in lines)
+
+
+WIDE = GPT2Config(n_layer=12, n_embd=512, n_head=4, n_positions=64, vocab_size=61)
+STAGE_3 = {"stage": 3, "offload_param": "cpu"}
+IN_FILES = {"stage": 3, "offload_param": "nvme", "nvme_path": FILES}
+FEW: dict[str, Any] = {"dtype": "float32", "train": {"batch_size": 2, "accumulate": 1}, "lora": {"dropout": 0.0}}
+
+
+def wide(recipe: Recipe) -> Ledger:
+    return Ledger(recipe, WIDE, matched_modules(WIDE, None), PROCESS)
+
+
+def refused_wide(recipe: Recipe, needs: Needs = needs_of_limits) -> list[dict[str, Any]]:
+    """What is offered for a model of which a matrix is a file's worth."""
+    [line] = shortage(recipe, WIDE, matched_modules(WIDE, None), wide(recipe), needs)
+    for changes, mib in offers(line):
+        [need] = needs(other := changed(recipe, changes), wide(other))
+        assert need.fits and -(-need.needed // MIB) == mib, changes
+    return [changes for changes, _ in offers(line)]
+
+
+def test_of_a_device_short_of_memory_weights_and_optimisers_are_offered_a_place_in_host_memory() -> None:
+    asked = wanted(**FEW)
+    room = wide(changed(asked, {"server.zero": STAGE_3})).of("cloud").on_device
+    found = refused_wide(asked, device_needs("cloud", room, "memory of cuda:0"))
+    assert {"server.zero": STAGE_3} in found and {"server.zero": IN_FILES} not in found
+    optimizer = {"stage": 2, "offload_optimizer": "cpu"}
+    room = wide(changed(asked, {"server.zero": optimizer})).of("cloud").on_device
+    assert {"server.zero": optimizer} in refused_wide(asked, device_needs("cloud", room, "memory of cuda:0"))
+
+
+def test_of_a_host_short_of_memory_weights_are_offered_a_place_in_files() -> None:
+    limit = -(-wide(wanted(**FEW, server={"zero": IN_FILES})).of("cloud").total // MIB)
+    for server in ({}, {"zero": {"stage": 1}}):
+        found = refused_wide(wanted(**FEW, server=server, split={"memory_mib": {"cloud": limit}}))
+        assert {"server.zero": IN_FILES} in found and {"server.zero": STAGE_3} not in found
+
+
+def test_two_processes_are_offered_where_one_of_them_would_fit() -> None:
+    asked = wanted(**FEW)
+    spread = changed(asked, {"server.processes": 2, "server.fsdp": True})
+    needed = wide(spread).of("cloud").on_device
+    assert {"server.processes": 2, "server.fsdp": True} in refused_wide(asked, device_needs("cloud", needed, "here"))
+    [line] = shortage(
+        spread, WIDE, matched_modules(WIDE, None), wide(spread), device_needs("cloud", needed - 1, "here")
+    )
+    assert "and rank 0 of the 2 of cloud would take" in line and "server.processes=4 (" in line
+    together = wide(asked).together.on_device - 2**20
+    offered = refused_wide(asked, device_needs(None, together, "memory of cuda"))
+    assert offered and not any("server.processes" in changes for changes in offered), "train has one process"
+
+
+def test_all_processes_of_a_role_have_to_fit_where_they_are() -> None:
+    asked = wanted(**FEW, server={"processes": 3})
+    found = wide(asked)
+    needed = [sum(parts.total - PROCESS for parts in found.processes("edge-0")[:count]) for count in (1, 2, 3)]
+    for count, elsewhere in ((3, 0), (2, 1), (1, 2)):
+        needs = role_needs("edge-0", needed[count - 1] - 1, "here", elsewhere)
+        [need] = needs(asked, found)
+        assert need.needed == needed[count - 1] and not need.fits
+        assert ("the 3 processes of edge-0" in need.what) == (elsewhere == 0)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"dtype": "float64"},
+        {"quantization": {"edge": "nf4"}, "dtype": "bfloat16"},
+        {"lora": {"dora": True}},
+        {"train": {"mixed_precision": "bf16", "batch_size": 2}},
+    ],
+)
+def test_no_engine_is_offered_that_the_recipe_does_not_go_with(beside: dict[str, Any]) -> None:
+    asked = wanted("llama", **({"dtype": "float32"} | beside))
+    needed = ledger(asked, "llama", PROCESS).of("edge-0").on_device
+    for share in (0.5, 0.95):
+        [line] = refused(asked, device_needs("edge-0", int(share * needed), "memory of cuda:0"))
+        assert "stage: 3" not in line

@@ -251,3 +251,61 @@ def test_a_quantised_tier_holds_less_and_takes_one_weight_whole_for_a_moment() -
     )
     assert after.weights < before.weights and after.scratch > before.scratch
     assert after.adapters == before.adapters
+
+
+IN_TWO: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "zero 1": {"zero": {"stage": 1}},
+    "zero 2 in host memory": {"zero": {"stage": 2, "offload_optimizer": "cpu"}},
+    "zero 3": {"zero": {"stage": 3}},
+    "zero 3 in host memory": {"zero": {"stage": 3, "offload_param": "cpu"}},
+    "fsdp": {"fsdp": True},
+}
+
+
+@pytest.mark.parametrize("engine", IN_TWO)
+def test_a_rank_holds_its_part_of_what_an_engine_spreads(engine: str) -> None:
+    one, two = (
+        ledger(wanted(dtype="float32", lora={"dropout": 0.0}, server={"processes": count, **IN_TWO[engine]}))
+        for count in (1, 2)
+    )
+    for name in ("edge-0", "cloud"):
+        alone, (rank_0, rank_1) = one.of(name), two.processes(name)
+        assert rank_0 == two.of(name)
+        assert rank_0.adapters == rank_1.adapters == rank_0.gradients == alone.adapters
+        weights, optimizer = alone.weights + alone.offloaded, alone.optimizer
+        half = engine in ("zero 3", "zero 3 in host memory", "fsdp")
+        if not engine.startswith("zero 2"):  # where the state is in the host's memory, too
+            assert (
+                (0.5 if half else 1) * weights <= rank_0.weights + rank_0.offloaded < (0.6 if half else 1.01) * weights
+            )
+        if engine == "zero 1":
+            copies = alone.adapters
+            assert rank_0.optimizer == rank_1.optimizer == copies + -(-(optimizer - copies) // 2)
+        elif engine == "zero 2 in host memory":
+            assert rank_0.offloaded == rank_1.offloaded == -(-alone.offloaded // 2)
+        else:
+            assert rank_0.optimizer == optimizer and rank_1.optimizer == 0
+    assert two.of("client-0") == one.of("client-0") and len(two.processes("client-0")) == 1
+
+
+def test_each_rank_has_its_rows_and_rank_0_alone_the_head_and_the_clients() -> None:
+    rows = {"train": {"batch_size": 4, "accumulate": 1}, "lora": {"dropout": 0.0}}
+    one, two = (ledger(wanted(server={"processes": count}, **rows), process=PROCESS) for count in (1, 2))
+    for name in ("edge-0", "cloud"):
+        alone, (rank_0, rank_1) = one.of(name), two.processes(name)
+        assert rank_0.activations == rank_1.activations == alone.activations // 2
+        assert rank_0.scratch == rank_1.scratch < 0.6 * alone.scratch
+        assert rank_0.logits == alone.logits and rank_0.journal == alone.journal
+        assert (rank_1.logits, rank_1.journal, rank_1.rounds) == (0, 0, 0)
+        assert rank_0.messages > alone.messages > rank_1.messages > 0
+        assert rank_0.process == rank_1.process == PROCESS
+    assert two.together == one.together, "splitllm train has one process for all roles"
+    assert two.apart == sum(parts.total for name in two.roles() for parts in two.processes(name))
+
+
+def test_micro_batches_of_which_something_is_dropped_stay_whole() -> None:
+    rows = {"train": {"batch_size": 4, "accumulate": 1}, "lora": {"dropout": 0.1}}
+    one, two = (ledger(wanted(server={"processes": count, "fsdp": True}, **rows)) for count in (1, 2))
+    assert two.of("edge-0").activations == one.of("edge-0").activations
+    assert two.of("edge-0").scratch == one.of("edge-0").scratch
