@@ -1,7 +1,8 @@
 """AdamW with its state spread over ranks: ZeRO stages 1 and 2, by DeepSpeed, for what a server trains.
 
-DeepSpeed steps copies of the adapter, as it hooks itself into the backward of whatever it steps: it gets the step's
-gradients, which are summed and clipped already, through a loss of which they are the gradient.
+DeepSpeed hooks itself into the backward of whatever it steps, so it steps twins of the parameters, which share their
+memory: these get the step's gradients, which are summed and clipped already, through a loss of which they are the
+gradient.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ class SpreadAdamW:
 
     def __init__(self, parameters: Sequence[nn.Parameter], recipe: OptimizerRecipe, zero: ZeroRecipe) -> None:
         self._parameters = list(parameters)
-        self._copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+        self._twins = [nn.Parameter(parameter.detach()) for parameter in parameters]
         self._steps = 0
         self._client = torch.optim.AdamW(
-            self._copies,
+            self._twins,
             lr=recipe.lr,
             betas=(recipe.betas[0], recipe.betas[1]),
             eps=recipe.eps,
@@ -56,15 +57,17 @@ class SpreadAdamW:
         )
         device = self._parameters[0].device
         self._library, ranks = library(zero, device), join_group(device)
-        numbers = sum(copy.numel() for copy in self._copies)
+        numbers = sum(twin.numel() for twin in self._twins)
         with rank_of(device):
             self._engine, *_ = self._library.initialize(
-                model=nn.ParameterList(self._copies),
+                model=nn.ParameterList(self._twins),
                 optimizer=self._client,
                 config=_configuration(zero, ranks, numbers),
             )
+        for parameter, twin in zip(self._parameters, self._twins, strict=True):
+            parameter.data = twin.data  # a part of DeepSpeed's buffer
         self._set_rates(0.0)
-        self._step([torch.zeros_like(copy) for copy in self._copies])  # from the first step on there is a state
+        self._step([torch.zeros_like(twin) for twin in self._twins])  # from the first step on there is a state
         self._set_rates(recipe.lr)
         self._set_steps(0)
         self._waiting: dict[nn.Parameter, Slots] = {}
@@ -89,8 +92,6 @@ class SpreadAdamW:
             rate = self.param_groups[0]["lr"]
             with self.tell("step", rate, [*values, *found]):
                 self._step_from(rate, [*values, *found])
-            for parameter, copy in zip(self._parameters, self._copies, strict=True):
-                parameter.data.copy_(copy.data)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
@@ -113,10 +114,10 @@ class SpreadAdamW:
         self._waiting[parameter] = dict(slots)
 
     def nbytes(self) -> int:
-        """What this process holds: its part of the state and of the adapter, and copies of the whole adapter."""
+        """What this process holds: its part of the state and of the adapter, beside the adapter."""
         parts = [part for group in self._client.param_groups for part in group["params"]]
         moments = [self._client.state[part][key] for part in parts for key in MOMENTS]
-        return sum(tensor.nbytes for tensor in (*self._copies, *parts, *moments))
+        return sum(tensor.nbytes for tensor in (*parts, *moments))
 
     def settle(self) -> None:
         """Take over what was set.
@@ -149,30 +150,30 @@ class SpreadAdamW:
 
     def _step_from(self, rate: float, tensors: Sequence[torch.Tensor]) -> None:
         """A step at this rate: the values of all parameters, and their gradients."""
-        values, gradients = tensors[: len(self._copies)], tensors[len(self._copies) :]
-        for copy, value in zip(self._copies, values, strict=True):
-            self._library.utils.safe_set_full_fp32_param(copy, value.to(copy.device))
+        values, gradients = tensors[: len(self._twins)], tensors[len(self._twins) :]
+        for twin, value in zip(self._twins, values, strict=True):
+            self._library.utils.safe_set_full_fp32_param(twin, value.to(twin.device))
         self._set_rates(rate)
-        self._step([gradient.to(copy.device) for copy, gradient in zip(self._copies, gradients, strict=True)])
+        self._step([gradient.to(twin.device) for twin, gradient in zip(self._twins, gradients, strict=True)])
         self._steps, self._known = self._steps + 1, None
 
     def _settle(self, steps: float, moments: Sequence[torch.Tensor]) -> None:
         """So many steps were taken, which have left these moments, parameter by parameter."""
         coming = iter(moments)
-        for copy in self._copies:
+        for twin in self._twins:
             for key in MOMENTS:
-                self._library.utils.safe_set_full_optimizer_state(copy, next(coming).to(copy.device), key)
+                self._library.utils.safe_set_full_optimizer_state(twin, next(coming).to(twin.device), key)
         self._set_steps(int(steps))
         self._known = None
 
     def _gather(self, _number: float, _tensors: Sequence[torch.Tensor]) -> list[Slots]:
         """The moments of all parameters, whole."""
         whole = self._library.utils.safe_get_full_optimizer_state
-        return [{key: whole(copy, key) for key in MOMENTS} for copy in self._copies]
+        return [{key: whole(twin, key) for key in MOMENTS} for twin in self._twins]
 
     def _step(self, gradients: Sequence[torch.Tensor]) -> None:
-        assert len(gradients) == len(self._copies), "all parameters step together"
-        products = [(copy * gradient).sum() for copy, gradient in zip(self._copies, gradients, strict=True)]
+        assert len(gradients) == len(self._twins), "all parameters step together"
+        products = [(twin * gradient).sum() for twin, gradient in zip(self._twins, gradients, strict=True)]
         self._engine.backward(torch.stack(products).sum())
         self._engine.step()
 

@@ -318,11 +318,10 @@ def _sums_at_once(recipe: Recipe, name: str) -> int:
 
 
 def _on_server(recipe: Recipe, trained: Price, processes: int) -> Price:
-    """A spread optimiser holds copies of an adapter: all of it, and beside its part of the state a part of it."""
+    """A spread optimiser holds beside its part of the state a part of the adapter."""
     if recipe.server.zero.stage not in (1, 2):
         return trained
-    part = -(-(trained.optimizer + trained.adapter) // processes)
-    return replace(trained, optimizer=trained.adapter + part)
+    return replace(trained, optimizer=-(-(trained.optimizer + trained.adapter) // processes))
 
 
 def _shapes(

@@ -233,7 +233,7 @@ class _Book:
             optimizer += own.optimizer
         spread, on_host = self.spread(name), 0
         if self.recipe.server.zero.offload_optimizer == "cpu" and tier_of(self.recipe, name)[0] > 0:
-            on_host = max(0, optimizer - adapters)  # a copy of the adapter stays beside it
+            on_host = optimizer
         return Parts(
             weights=spread.device,
             offloaded=spread.host + on_host,
