@@ -4,11 +4,11 @@
     python scripts/bench_roles.py --modes plain "2 x FSDP2"
     python scripts/bench_roles.py --json ...               the figures as JSON
 
-Each mode is a run of `splitllm client`, `edge` and `cloud` over loopback, on random weights that are written once
-(Gemma-2B's shapes, bf16; up to 5.4 GB, --folder says where). Measured is the peak of the resident set of each process as
-Linux counts it; predicted is what `splitllm plan --memory` says of the same recipe. Rows are printed as they come, and
-with --out all figures are in a file after each of them, which another run adds to. Where DeepSpeed has to compile its
-operators for files, run `make operators` first, or the first such mode takes minutes longer.
+Each mode is a run of `splitllm client`, `edge` and `cloud` over loopback, on random weights of Gemma-2B's shapes in
+bf16, written once (4.2 GB, those of the client 1.6; --folder says where, and keeps them). Measured is the peak of the
+resident set of each process as Linux counts it; predicted is what `splitllm plan --memory` says of the same recipe.
+Rows are printed as they come, and with --out all figures are in a file after each of them, to which another run adds.
+Before "ZeRO-3 nvme" run `make operators`, or minutes of it go into compiling.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ OWN_COLUMN = ("process", "weights", "offloaded", "adapters", "gradients", "optim
 COLUMNS = ("mode", "of", *OWN_COLUMN, "buffers", "predicted", "measured")
 BY_HELD = {"weights": "weights", "adapter and optimiser": "optimizer", "activations of a batch": "activations"}
 """What a role counts of its own tensors, and the column in which that is; adapter and optimiser are one number."""
+OPERATORS = {"TORCH_EXTENSIONS_DIR": "build/extensions", "CXX": "scripts/quick-g++"}
+"""As `make operators` has them; with another compiler they would be compiled again."""
 Figures = dict[str, dict[str, Any]]
 
 
@@ -92,7 +94,10 @@ def _words(name: str, mode: Mode, work: Path) -> list[str]:
 
 def _told(work: Path, label: str) -> dict[str, Any]:
     log = work / f"{label.split(',')[0]}.log"
-    return {**said(log), "heavy_imports": len(imported_of(HEAVY, log))}
+    told = said(log)
+    if label != "client":  # the top logs the same steps
+        told.pop("tokens_per_second", None)
+    return {**told, "heavy_imports": len(imported_of(HEAVY, log))}
 
 
 def _tail(log: Path) -> str:
@@ -196,7 +201,8 @@ def run_modes(options: argparse.Namespace) -> tuple[dict[str, Figures], list[str
 def main() -> None:
     options = options_of()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # roles end with this process
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / "build/extensions"))  # as `make operators` has it
+    for name, place_of in OPERATORS.items():
+        os.environ.setdefault(name, str(ROOT / place_of))
     if not options.json:
         print(HEADING, flush=True)
     figures, failed = run_modes(options)

@@ -18,7 +18,7 @@ from typing import Any
 from splitllm.roles.ledger import PARTS
 
 MIB = 2**20
-KEEP = 0.1  # seconds between two looks
+PAUSE = 0.1  # seconds between two looks
 HELD = ("weights", "weights in files", "adapter and optimiser", "activations of a batch")
 
 
@@ -61,7 +61,7 @@ def watched(
                 raise RoleFailed(f"{failed[0]} ended with status {processes[failed[0]].returncode}")
             if time.monotonic() > until:
                 raise RoleFailed(f"not ended after {limit:.0f} s")
-            time.sleep(KEEP)
+            time.sleep(PAUSE)
     finally:
         for process in processes.values():
             with contextlib.suppress(ProcessLookupError):
