@@ -53,7 +53,7 @@ ENGINES = {  # overrides of the edge, and how far sums in fp32 may be off
 }
 ENGINES_CLOSE = 1e-3
 OF_STATE = ("zero-1", "zero-2, state in host memory")
-"""They spread the optimiser's state, beside copies of the adapter: two ranks hold more than one alone."""
+"""They spread the optimiser's state, and hold a part of the adapter beside it."""
 
 
 def off(found: Path, expected: Path) -> float:
@@ -116,7 +116,7 @@ def test_two_ranks_hold_one_base_between_them(engine: str, labels: str, tmp_path
         assert found == pytest.approx(losses, abs=1e-5)
         of_rank_0, whole = deployment.summary()["held_mib"]["edge"], held_alone(tmp_path / "one")
         if engine in OF_STATE:
-            assert of_rank_0["adapter and optimiser"] != whole["adapter and optimiser"]
+            assert of_rank_0["adapter and optimiser"] < 0.9 * whole["adapter and optimiser"]
         else:
             assert of_rank_0["weights"] < 0.7 * whole["weights"]
 
