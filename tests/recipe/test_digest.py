@@ -62,7 +62,7 @@ COUNTED = {  # another value of every key that must be equal on all machines
     "train.loss_weights": "tenant",
     "train.activation_checkpointing": True,
     "train.mixed_precision": "bf16",
-    "train.full_tiers": "[cloud]",
+    "train.full_tiers": ["cloud"],
     "train.processes": 2,
     "train.eval_every": 5,
     "server.memory_mib": 5,
