@@ -137,6 +137,10 @@ def test_the_folder_for_weights_in_files_has_to_be_on_servers(folder: Path) -> N
     with pytest.raises(RecipeError, match=r"server\.zero\.nvme_path: .*/nowhere is no folder that can be written to"):
         prepare(wanted, tier="edge")
     assert prepare(wanted, tier="client").modules
+    assert prepare(wanted).modules, "who only reads the recipe needs no folder"
+    with pytest.raises(RecipeError, match=r"server\.zero\.nvme_path: .*/nowhere is no folder that can be written to"):
+        train(wanted, folder / "out")
+    assert not (folder / "out").exists(), "nothing was loaded or written"
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ DEEPSPEED = 20 * MIB
 """Of an import of it, 18 MiB were measured."""
 WRITTEN = 3
 """Copies of its state that a role has while it writes its journal."""
+MOMENTS = 2  # of AdamW, whose state alone is spread
 FEEDBACK_ITEM = 2  # bytes of a number that error feedback remembers, twice
 
 
@@ -196,17 +197,16 @@ class _Book:
             logits=self._logits(name),
             embeddings=self._embeddings(name),
             messages=max(self._micro_batches(name), self._sums(name)) + self._feedback(name) + self._shared_out(name),
-            journal=WRITTEN * (parts.adapters + parts.optimizer + self._rounds(name).anchors),
+            journal=WRITTEN * (parts.adapters + self._state(name) + self._rounds(name).anchors),
             rounds=self._rounds(name).total,
         )
 
     def follower(self, name: str) -> Parts:
         """Of any rank but 0: it computes its share, and has neither clients nor a journal."""
         parts = self.role(name)
-        spread = self.recipe.server.zero.stage in (1, 2)
         return replace(
             parts,
-            optimizer=parts.optimizer if spread else 0,
+            optimizer=parts.optimizer if self._spreads_state(name) else 0,
             logits=0,
             messages=2 * (parts.adapters + self._largest(name)),
             rounds=self._rounds(name).anchors,
@@ -241,6 +241,14 @@ class _Book:
             gradients=gradients,
             optimizer=optimizer - on_host,
         )
+
+    def _state(self, name: str) -> int:
+        """Of all its optimisers, whole, as a journal has it."""
+        held = self._held(name)
+        return MOMENTS * held.adapters if self._spreads_state(name) else held.optimizer
+
+    def _spreads_state(self, name: str) -> bool:
+        return self.recipe.server.zero.stage in (1, 2) and tier_of(self.recipe, name)[0] > 0
 
     def spread(self, name: str) -> Spread:
         """Where its frozen weights lie."""

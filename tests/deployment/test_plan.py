@@ -48,6 +48,12 @@ def test_all_roles_must_fit_here_only_where_that_is_asked_for(path: Path, monkey
     assert "refused" not in planned(path, here=True)
 
 
+def test_a_folder_for_weights_in_files_has_to_be_there_if_all_roles_are_to_run_here(path: Path, tmp_path: Path) -> None:
+    files = f"server.zero={{stage: 3, offload_param: nvme, nvme_path: {tmp_path / 'nowhere'}}}"
+    assert "refused" not in planned(path, files)
+    assert "refused: server.zero.nvme_path: " in planned(path, files, here=True)
+
+
 def test_json_is_one_object(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan_memory(load_recipe(path, ()), as_json=True)
     told = json.loads(capsys.readouterr().out)

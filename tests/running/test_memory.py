@@ -25,6 +25,18 @@ def test_roles_of_a_tier_that_differ_have_rows_of_their_own() -> None:
     assert list(rows_of(ledger(asked))) == ["client-0, client-2 x2", "client-1", "edge", "cloud", TOGETHER]
 
 
+def test_of_a_server_in_several_processes_rank_0_and_each_other_have_rows() -> None:
+    asked = ledger(wanted(server={"processes": 3, "fsdp": True}), process=PROCESS)
+    ranks = ["edge x2, rank 0 of 3", "edge x2, each other rank", "cloud, rank 0 of 3", "cloud, each other rank"]
+    assert list(rows_of(asked)) == ["client x2", *ranks, TOGETHER]
+    told = as_json(asked, None)
+    assert set(told["each_other_rank_mib"]) == {"edge-0", "edge-1", "cloud"}
+    assert told["each_other_rank_mib"]["cloud"]["total"] < told["roles_mib"]["cloud"]["total"]
+    several = sum(3 * told["roles_mib"][name]["total"] for name in ("edge-0", "edge-1", "cloud"))
+    assert told["all_processes_mib"] < several + 2 * told["roles_mib"]["client-0"]["total"]
+    assert as_json(PLAIN, None)["each_other_rank_mib"] == {}
+
+
 def test_a_narrow_console_still_shows_whole_numbers() -> None:
     console = Console(file=(text := io.StringIO()), width=40)
     show(PLAIN, console, "memory:")
