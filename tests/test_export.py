@@ -120,7 +120,8 @@ def test_the_text_part_of_a_multimodal_checkpoint_is_cut_exactly() -> None:
 def test_an_adapter_of_a_multimodal_checkpoint_loads_on_the_multimodal_model(tmp_path: Path, full: str) -> None:
     path = write_recipe(tmp_path, "gemma3", "float64")
     changes = [f"model.base={multimodal_folder()}", "train.verify_adapter=true", "train.optimizer.lr=0.05"]
-    changes += ["split={tiers: {client: 2, edge: 1, cloud: 1}, cuts: [1, 3], labels: cloud}", f"train.full_tiers={full}"]
+    tiers = "split={tiers: {client: 2, edge: 1, cloud: 1}, cuts: [1, 3], labels: cloud}"
+    changes += [tiers, f"train.full_tiers={full}"]
     summary = train(load_recipe(path, changes), tmp_path / "run")
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert summary["unsplit_loss_before"] == pytest.approx(summary["eval_loss_before"], rel=1e-12)

@@ -293,6 +293,8 @@ class Shard(nn.Module):
             shared[id(self.embeddings)] = self.embeddings
         shared.update({id(buffer): buffer for buffer in self.buffers()})
         twin = copy.deepcopy(self, shared)
+        for module in twin.model.modules():
+            module._forward_pre_hooks.clear()
         twin._key_dropout()
         return twin
 
@@ -306,8 +308,6 @@ class Shard(nn.Module):
 
     def _key_dropout(self) -> None:
         base: nn.Module = getattr(self.model, self.layout.base)
-        for module in self.model.modules():
-            module._forward_pre_hooks.clear()
         key_dropout(base, EMBEDDINGS, self.key)
         for layer in range(self.start, self.stop):
             key_dropout(getattr(base, self.layout.blocks)[layer], layer, self.key)

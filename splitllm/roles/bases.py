@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from splitllm.engines.zero import Partitioned
 from splitllm.model.loading import Checkpoint
@@ -53,10 +55,6 @@ class Bases:
         """Hand a shard to the engine of its tier, once it has its adapters."""
         if (tier, bounds) in self._partitioned:
             self._partitioned[tier, bounds].attach(shard)
-        elif self._by_fsdp(tier):
-            from splitllm.engines.fsdp import shard_by_fsdp2  # what it imports takes memory that clients do not have
-
-            shard_by_fsdp2(shard, self.device)
 
     def _by_fsdp(self, tier: int) -> bool:
         return tier > 0 and self.recipe.server.fsdp
@@ -66,11 +64,7 @@ class Bases:
 
     def _cut(self, tier: int, bounds: Bounds) -> Shard:
         """The frozen part of one tier's shard; the head sits where the loss is computed."""
-        recipe, (start, stop), zero = self.recipe, bounds, self.recipe.server.zero
-        partitioned = None
-        if tier > 0 and zero.stage == 3 and start < stop:
-            partitioned = Partitioned(zero, largest_matrix(self.checkpoint.config, start, stop), self.device)
-            self._partitioned[tier, bounds] = partitioned
+        recipe, (start, stop) = self.recipe, bounds
         return Shard.cut(
             self.checkpoint,
             start,
@@ -80,5 +74,20 @@ class Bases:
             attention=recipe.model.attention,
             seed=recipe.seed,
             quantization=recipe.quantization.get(list(recipe.split.tiers)[tier]),
-            take=None if partitioned is None else partitioned.take,
+            take=self._taker(tier, bounds),
         ).to(self.device)
+
+    def _taker(self, tier: int, bounds: Bounds) -> Callable[[nn.Module], None] | None:
+        """What gets each block once it is read: the engine of its tier, if there is one."""
+        (start, stop), zero = bounds, self.recipe.server.zero
+        if tier == 0 or start == stop:
+            return None
+        if self._by_fsdp(tier):
+            from splitllm.engines.fsdp import Fsdp2  # what it imports takes memory that clients do not have
+
+            return Fsdp2(self.device).take
+        if zero.stage != 3:
+            return None
+        partitioned = Partitioned(zero, largest_matrix(self.checkpoint.config, start, stop), self.device)
+        self._partitioned[tier, bounds] = partitioned
+        return partitioned.take
