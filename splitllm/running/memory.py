@@ -62,7 +62,7 @@ def show(ledger: Ledger, console: Console, title: str) -> None:
 def in_files(ledger: Ledger) -> list[str]:
     """What lies in files and not in memory, in one line, if anything does."""
     said = ", ".join(f"{name} {size / MIB:,.1f}" for name, size in ledger.files().items())
-    return [f"frozen weights in files, MiB: {said}"] if said else []
+    return [f"frozen weights in files, MiB of each process: {said}"] if said else []
 
 
 def rows_of(ledger: Ledger) -> dict[str, Parts]:
