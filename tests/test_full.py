@@ -107,6 +107,15 @@ def test_peft_loads_what_a_run_leaves(folder: Path) -> None:
     assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.01
 
 
+def test_the_check_takes_the_adapter_off_again(folder: Path) -> None:
+    """Beside a quantised tier it is made twice: on the base as it is, and on what the codes stand for."""
+    words = ("train.full_tiers=[cloud]", "quantization={edge: nf4}", "train.verify_adapter=true")
+    summary = json.loads((run(folder, "beside nf4", *words) / "summary.json").read_text())
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.01
+    for when in ("before", "after"):
+        assert summary[f"unsplit_loss_{when}"] == pytest.approx(summary[f"eval_loss_{when}"], abs=1e-5)
+
+
 def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(folder: Path) -> None:
     whole, parts = run(folder, "whole"), folder / "parts"
     shutil.copytree(whole, parts)

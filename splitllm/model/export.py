@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -154,6 +154,15 @@ def with_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     if own != len(tensors):
         raise CheckpointError(f"{adapter} has {len(tensors)} tensors, but this base takes {own}: another base model?")
     return model.eval()
+
+
+def take_off(model: PeftModel) -> None:
+    """Take the adapter off its base, which is then as it was: PEFT leaves what `modules_to_save` names as trained."""
+    base = model.get_base_model()
+    wrapped = [(name, each) for name, each in base.named_modules() if isinstance(each, ModulesToSaveWrapper)]
+    model.unload()
+    for name, each in wrapped:
+        base.set_submodule(name, each.original_module)
 
 
 def merge(adapter: Path, base: str, output_dir: Path) -> None:

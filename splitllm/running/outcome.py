@@ -17,7 +17,7 @@ from splitllm.data import Corpus, eval_batches
 from splitllm.data.batching import MicroBatch
 from splitllm.errors import CheckpointError, RecipeError
 from splitllm.metrics import human_bytes, replace_text
-from splitllm.model.export import PlainBatch, unsplit_model, whole_model_loss, with_adapter
+from splitllm.model.export import PlainBatch, take_off, unsplit_model, whole_model_loss, with_adapter
 from splitllm.model.loading import Checkpoint
 from splitllm.model.machine import peak_bytes
 from splitllm.recipe import Recipe, changed_keys, dump_recipe, load_recipe, what_leaves_the_device
@@ -212,7 +212,7 @@ def _with_adapter_loss(base: PreTrainedModel, folder: Path, batches: Sequence[Pl
     try:
         return whole_model_loss(adapted, batches)
     finally:
-        adapted.unload()
+        take_off(adapted)
 
 
 def _plain(batch: MicroBatch) -> PlainBatch:
