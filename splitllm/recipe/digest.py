@@ -51,5 +51,5 @@ def start_digest(recipe: Recipe) -> str:
     """
     if recipe.lora.start_from is None:
         return "new"
-    content = (Path(recipe.lora.start_from) / ADAPTER_FILE).read_bytes()
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
+    with (Path(recipe.lora.start_from) / ADAPTER_FILE).open("rb") as file:  # as large as blocks that train in full
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()

@@ -1,13 +1,17 @@
 """Which keys must be equal on all machines of a run: every key of the recipe is on one side."""
 
+import hashlib
 import re
+import tracemalloc
+from pathlib import Path
 
 import pytest
 import yaml
 
-from splitllm.recipe import changed_keys, dump_recipe, fingerprint, load_recipe
-from splitllm.recipe.digest import LOCAL_KEYS
+from splitllm.recipe import changed_keys, dump_recipe, fingerprint, load_recipe, start_digest
+from splitllm.recipe.digest import ADAPTER_FILE, LOCAL_KEYS
 from splitllm.recipe.loading import leaves
+from tests.recipe.conftest import MakeRecipe
 
 COUNTED = {  # another value of every key that must be equal on all machines
     "seed": 1,
@@ -196,3 +200,15 @@ def test_the_fingerprint_is_32_digits_and_blind_to_how_a_recipe_is_written(recip
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_recipe(recipe_with()))
     assert fingerprint(load_recipe(copy)) == of()
+
+
+def test_the_file_that_training_starts_from_is_never_in_memory_whole(recipe_with: MakeRecipe, tmp_path: Path) -> None:
+    size = 8 << 20
+    with (tmp_path / ADAPTER_FILE).open("wb") as file:
+        file.truncate(size)
+    started = recipe_with(f"lora.start_from={tmp_path}")
+    tracemalloc.start()
+    found, (_, peak) = start_digest(started), tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == hashlib.blake2b(bytes(size), digest_size=8).hexdigest()
+    assert peak < size / 8
