@@ -44,6 +44,7 @@ from splitllm.recipe import (
     parent_of,
     role_bounds,
     role_names,
+    spreads_weights,
     tenant_blocks,
     tier_of,
 )
@@ -58,7 +59,7 @@ HOLES, MOST_HOLES = 2.0, 512 * MIB
 most 421 MiB, as blocks beyond 32 MiB lie apart."""
 DEEPSPEED = 20 * MIB
 """Of an import of it, 18 MiB were measured."""
-WRITTEN = 3
+WRITTEN = 1
 """Copies of its state that a role has while it writes its journal."""
 MOMENTS = 2  # of AdamW, whose state alone is spread
 FEEDBACK_ITEM = 2  # bytes of a number that error feedback remembers, twice
@@ -260,7 +261,8 @@ class _Book:
 
     def _returns(self, name: str) -> bool:
         """Whether its allocator gives back at once what is freed."""
-        return self.recipe.memory_of(name) is not None or self.spread(name).files > 0
+        spread = spreads_weights(self.recipe) and tier_of(self.recipe, name)[0] > 0
+        return self.recipe.memory_of(name) is not None or spread
 
     def _tenants(self, name: str) -> list[int]:
         """The clients of a server."""
