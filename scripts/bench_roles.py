@@ -93,8 +93,9 @@ def _words(name: str, mode: Mode, work: Path) -> list[str]:
 
 
 def _told(work: Path, label: str) -> dict[str, Any]:
-    log = work / f"{label.split(',')[0]}.log"
-    told = said(log)
+    name, _, rank = label.partition(", rank ")
+    log = work / f"{name}.log"
+    told = said(log, int(rank or 0))
     if label != "client":  # the top logs the same steps
         told.pop("tokens_per_second", None)
     return {**told, "heavy_imports": len(imported_of(HEAVY, log))}

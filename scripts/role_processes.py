@@ -100,8 +100,12 @@ def resident(pid: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def said(log: Path) -> dict[str, Any]:
+def said(log: Path, rank: int = 0) -> dict[str, Any]:
     """What a role logged of itself.
+
+    Args:
+        log: of the role, to which all of its ranks write.
+        rank: whose prediction is wanted.
 
     Returns:
         Tokens a second in its steps after the first; what it predicted, in bytes, and its parts; what it held once it
@@ -113,7 +117,7 @@ def said(log: Path) -> dict[str, Any]:
     if steps:
         told["tokens_per_second"] = sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
     for event in events:
-        if "predicted_mib" in event and "predicted" not in told:
+        if "predicted_mib" in event and event.get("rank", 0) == rank and "predicted" not in told:
             told["predicted"] = event["predicted_mib"] * MIB
             told["parts"] = {part: event[part] * MIB for part in PARTS if part in event}
         if "measured_mib" in event:

@@ -16,6 +16,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from splitllm.model import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 IN_CI = bool(os.environ.get("CI"))
 
@@ -31,6 +33,12 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the data sets in ../shared/data, which are not beside this checkout")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def predictions_of_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that a test before has used leaves the allocator set in this process."""
+    monkeypatch.setattr(machine, "_returning", False)
 
 
 def pytest_collection_finish() -> None:

@@ -26,7 +26,8 @@ class Entry:
         step: number of the committed step.
         identity: whose entry it is.
         values: what JSON can carry.
-        tensors: of any shape and dtype that safetensors knows.
+        tensors: of any shape and dtype that safetensors knows; to be written each is on the CPU and contiguous, has
+            storage of its own, and nobody changes it meanwhile (`taken`).
     """
 
     step: int
@@ -41,17 +42,16 @@ def write_entry(path: Path, entry: Entry) -> None:
     Raises:
         OSError: it cannot be written, for want of space say; what was there is as it was.
     """
-    tensors = {name: _copy(tensor) for name, tensor in entry.tensors.items()}
     described = {
         "step": json.dumps(entry.step),
         "identity": json.dumps(entry.identity),
         "values": json.dumps(entry.values),
     }
-    described["checksum"] = _checksum(tensors, described)
+    described["checksum"] = _checksum(entry.tensors, described)
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with writing(temporary):
-            save_file(tensors, temporary, metadata=described)
+            save_file(entry.tensors, temporary, metadata=described)
         flush(temporary)
         os.replace(temporary, path)
     finally:
@@ -82,9 +82,12 @@ def read_entry(path: Path) -> Entry:
     return Entry(**values, tensors=tensors)
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, in storage of its own: safetensors takes none that is shared."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def taken(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies as an entry takes them, of tensors that may share storage."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], described: Mapping[str, str]) -> str:

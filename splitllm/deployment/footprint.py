@@ -28,15 +28,17 @@ class Footprint:
 
     Args:
         predicted: what it will hold.
+        rank: of this process, where a server has several.
     """
 
-    def __init__(self, predicted: Parts) -> None:
+    def __init__(self, predicted: Parts, rank: int | None = None) -> None:
         self.predicted, self._steps = predicted, 0
+        self._which = {} if rank is None else {"rank": rank}
 
     def announce(self) -> None:
         """Log what will be held, part by part."""
         parts = mib_of(self.predicted)
-        logger.info("memory", extra={"fields": {"predicted_mib": parts.pop("total"), **parts}})
+        logger.info("memory", extra={"fields": {**self._which, "predicted_mib": parts.pop("total"), **parts}})
 
     def stepped(self, worker: Worker) -> None:
         """A step was committed; after the first of them it is logged what is held."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
+from splitllm.deployment.entries import taken
 from splitllm.deployment.journal import Journal
 from splitllm.errors import CheckpointError
 from splitllm.model.common import Common
@@ -56,11 +57,11 @@ class Held:
 
     def _taken(self) -> tuple[int, Tensors, dict[str, object]]:
         tensors, values = self.common.state()
-        return self.common.changes, {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, values
+        return self.common.changes, taken(tensors), values
 
     def _write(self) -> None:
         with self._lock:
             changes, tensors, values = self._newest
             if changes > self._written:
-                self._journal.write(changes, tensors, values)
+                self._journal.write_taken(changes, tensors, values)
                 self._written = changes

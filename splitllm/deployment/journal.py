@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from splitllm.checkpoint import flush
-from splitllm.deployment.entries import Entry, read_entry, write_entry
+from splitllm.deployment.entries import Entry, read_entry, taken, write_entry
 from splitllm.errors import CheckpointError
 
 FORMAT = "2"
@@ -68,6 +68,10 @@ class Journal:
         return next(iter(self.values().values()), {})
 
     def write(self, step: int, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """As `write_taken`, of tensors that are in use, and may share storage."""
+        self.write_taken(step, taken(tensors), values)
+
+    def write_taken(self, step: int, tensors: dict[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         """Remember a step; when this returns it is on the disk, and only the newest `keep` are left.
 
         A step that is there is replaced. One that is neither there nor the newest is a mistake of the caller, who has
@@ -75,14 +79,14 @@ class Journal:
 
         Args:
             step: number of the committed step, 0 or more.
-            tensors: of any shape and dtype that safetensors knows; they may share storage; possibly none.
+            tensors: that were `entries.taken`; possibly none.
             values: what JSON can carry.
 
         Raises:
             OSError: it cannot be written, for want of space say; all entries are as they were.
         """
         assert step >= 0 and (step in self._known or step > max(self._known, default=-1)), (step, self._known)
-        write_entry(self.folder / _name(step), Entry(step, self._identity, dict(values), dict(tensors)))
+        write_entry(self.folder / _name(step), Entry(step, self._identity, dict(values), tensors))
         self._known = sorted({step, *self._known}, reverse=True)[: self._keep]
         for old in self._files():
             if old < self._known[-1]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from splitllm.deployment.entries import taken
 from splitllm.deployment.footprint import gpu_mib, measured
 from splitllm.deployment.held import Held
 from splitllm.deployment.journal import Journal
@@ -78,7 +79,7 @@ class Past:
 
         It raises RejoinError and writes nothing if the role was asked meanwhile what it can go back to.
         """
-        state = {name: tensor.to("cpu", copy=True) for name, tensor in self.state().items()}
+        state = taken(self.state())
         about, returns = {"origin": str(generation), "beside": dict(self._values())}, self._returns
         keep_common = self._held.keeping() if self._held is not None else None
 
@@ -88,7 +89,7 @@ class Past:
             with self._lock:
                 if self._returns != returns:
                     raise RejoinError(f"step {step} was not committed: the run has gone back")
-                self.journal.write(step, state, about)
+                self.journal.write_taken(step, state, about)
             self._footprint.stepped(self._speaks_for)
 
         return write

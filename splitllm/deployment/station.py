@@ -110,7 +110,8 @@ class Station:
     @cached_property
     def footprint(self) -> Footprint:
         """What it takes of memory."""
-        return Footprint(self.plan.ledger.processes(self.name)[self.world.rank])
+        processes, rank = self.plan.ledger.processes(self.name), self.world.rank
+        return Footprint(processes[rank], rank if len(processes) > 1 else None)
 
     @cached_property
     def schedule(self) -> Callable[[int], float]:

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from splitllm.engines.groups import join_group
+from splitllm.model.machine import return_at_once
 
 
 class Fsdp2:
@@ -18,6 +19,7 @@ class Fsdp2:
     """
 
     def __init__(self, device: torch.device) -> None:
+        return_at_once()  # blocks come and go, as in `engines.zero`
         self._mesh = init_device_mesh(device.type, (join_group(device),))
 
     def take(self, block: nn.Module) -> None:

@@ -56,8 +56,7 @@ class Partitioned:
         self._deepspeed, self._device = library(zero, device), device
         self._size = join_group(device)
         self._folder = Folder(zero.nvme_path) if zero.offload_param == "nvme" else None
-        if self._folder is not None:
-            return_at_once()  # matrices come and go: an allocator that kept their memory would soon have all of it
+        return_at_once()  # matrices come and go: an allocator that kept their memory would soon have all of it
         self._config = self._configuration(zero, largest, device)
         self._first: Any = None
         self._whole: nn.Module | None = None

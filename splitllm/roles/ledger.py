@@ -44,6 +44,7 @@ from splitllm.recipe import (
     parent_of,
     role_bounds,
     role_names,
+    spreads_weights,
     tenant_blocks,
     tier_of,
 )
@@ -53,12 +54,12 @@ from splitllm.roles.sharing import Share, largest_share
 from splitllm.roles.under_way import at_once
 from splitllm.wire.codecs import codec
 
-HOLES, MOST_HOLES = 2.0, 512 * MIB
-"""What glibc leaves unused between tensors: as a multiple of what one block has alive 1.0 to 2.2 were measured, and at
-most 421 MiB, as blocks beyond 32 MiB lie apart."""
+HOLES, OF_GRAPHS, MOST_HOLES = 2.0, 0.6, 512 * MIB
+"""What glibc leaves unused between tensors: as a multiple of what one block has alive 1.0 to 2.2 were measured, of graphs
+of many blocks 0.6, and at most 421 MiB, as blocks beyond 32 MiB lie apart."""
 DEEPSPEED = 20 * MIB
 """Of an import of it, 18 MiB were measured."""
-WRITTEN = 3
+WRITTEN = 1
 """Copies of its state that a role has while it writes its journal."""
 MOMENTS = 2  # of AdamW, whose state alone is spread
 FEEDBACK_ITEM = 2  # bytes of a number that error feedback remembers, twice
@@ -193,7 +194,7 @@ class _Book:
             parts,
             activations=self._graphs(name),
             scratch=max(self._passing(work) for work in works) + self._unpacked(name) + self.spread(name).whole,
-            allocator=0 if self._returns(name) else self._holes(works),
+            allocator=0 if self._returns(name) else self._holes(works, self._graphs(name)),
             logits=self._logits(name),
             embeddings=self._embeddings(name),
             messages=max(self._micro_batches(name), self._sums(name)) + self._feedback(name) + self._shared_out(name),
@@ -260,7 +261,8 @@ class _Book:
 
     def _returns(self, name: str) -> bool:
         """Whether its allocator gives back at once what is freed."""
-        return self.recipe.memory_of(name) is not None or self.spread(name).files > 0
+        spread = spreads_weights(self.recipe) and tier_of(self.recipe, name)[0] > 0
+        return self.recipe.memory_of(name) is not None or spread
 
     def _tenants(self, name: str) -> list[int]:
         """The clients of a server."""
@@ -338,7 +340,7 @@ class _Book:
         tier = list(self.recipe.split.tiers)[tier_of(self.recipe, name)[0]]
         return decoded_bytes(self.recipe, self.config, tier)
 
-    def _holes(self, works: Iterable[Work]) -> int:
+    def _holes(self, works: Iterable[Work], graphs: int) -> int:
         """What the allocator leaves unused."""
         if gives_back():
             return 0
@@ -346,7 +348,7 @@ class _Book:
         for work in works:
             kept = activation_bytes(self.config, replace(work, checkpointing=False)) // max(1, work.stop - work.start)
             alive = max(alive, self._passing(work) + kept)
-        return min(MOST_HOLES, int(HOLES * alive))
+        return min(MOST_HOLES, int(max(HOLES * alive, OF_GRAPHS * graphs)))
 
     def _logits(self, name: str) -> int:
         if not has_head(self.recipe, tier_of(self.recipe, name)[0]):
@@ -444,7 +446,9 @@ class _Book:
             optimizer=optimizer + copies * top.optimizer,
             activations=self._graphs_together(names),
             scratch=(max(map(self._passing, works)) + max(map(self._unpacked, names))) * (1 + copies) + whole,
-            allocator=0 if any(map(self._returns, names)) else self._holes(works) * (1 + copies),
+            allocator=0
+            if any(map(self._returns, names))
+            else self._holes(works, self._graphs_together(names)) * (1 + copies),
             logits=max(self._logits(name) for name in names) * (1 + copies),
             embeddings=max(self._embeddings(name) for name in names),
             messages=self._crossing() * (2 if lossy else 1) + feedback,
