@@ -36,7 +36,7 @@ from splitllm.recipe import (
     tier_bounds,
 )
 from splitllm.roles.admission import problems as admission_problems
-from splitllm.roles.sharing import drops
+from splitllm.roles.per_rank import drops
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
@@ -198,7 +198,10 @@ def _cut_problems(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
     layers = config.num_hidden_layers
     cuts = [("split.cuts", cut) for cut in recipe.split.cuts]
     cuts += [(f"split.client_cuts.{name}", cut) for name, cut in recipe.split.client_cuts.items()]
-    return [
+    bounds = dict(zip(recipe.split.tiers, tier_bounds(recipe, layers), strict=True))
+    empty = [tier for tier in recipe.train.full_tiers or () if bounds[tier][0] >= bounds[tier][1]]
+    nothing = [f"train.full_tiers: {tier!r} has no blocks with split.cuts: {list(recipe.split.cuts)}" for tier in empty]
+    return [f"{line}; leave it out, or cut lower" for line in nothing] + [
         f"{key}: {cut} is not a place to cut {config.model_type}, which has {layers} blocks: use 1 to {layers}"
         for key, cut in cuts
         if not 1 <= cut <= layers
@@ -341,7 +344,7 @@ def _start_fits(recipe: Recipe, config: PreTrainedConfig, shapes: Shapes) -> Non
     in_full = {name: tensor.shape for name, tensor in tensors.items() if ".lora_" not in name}
     if peft_config.modules_to_save and in_full != full_shapes(config, full_blocks(recipe, config.num_hidden_layers)):
         kept = f"{lora.start_from} has all weights of {', '.join(peft_config.modules_to_save)}"
-        wrong.append(f"train.full_tiers: {kept}; have a tier of these blocks, and no others, train in full")
+        wrong.append(f"train.full_tiers: {kept}, of which this recipe trains others or none in full; use its tiers")
     if peft_config.modules_to_save:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in in_full}
     matched = set(matched_modules(config, _targets(recipe)))

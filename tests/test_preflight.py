@@ -396,6 +396,12 @@ def test_an_adapter_with_settings_that_a_recipe_has_not_is_no_start(
     assert found == [f"lora.start_from: TMP/odd: {key}={value!r} in its adapter_config.json has no place in a recipe"]
 
 
+def test_a_tier_without_blocks_does_not_train_in_full(folder: Path, tmp_path: Path) -> None:
+    assert complaints(folder, tmp_path, "train.full_tiers=[cloud]", "split.cuts=[1, 4]") == [
+        "train.full_tiers: 'cloud' has no blocks with split.cuts: [1, 4]; leave it out, or cut lower"
+    ]
+
+
 def test_weights_that_were_trained_in_full_are_trained_on(folder: Path, tmp_path: Path) -> None:
     words = ["train.steps=1", "train.schedule.warmup_steps=0", "train.full_tiers=[edge]"]
     first = tmp_path / "first"
@@ -406,7 +412,7 @@ def test_weights_that_were_trained_in_full_are_trained_on(folder: Path, tmp_path
     assert once["eval_loss_after"] == twice["eval_loss_before"] != once["eval_loss_before"]
     for tiers in ("null", "[cloud]"):
         found = complaints(folder, tmp_path, f"lora.start_from={first / 'adapter'}", f"train.full_tiers={tiers}")
-        said = "train.full_tiers: TMP/first/adapter has all weights of transformer.h.1, transformer.h.2; have a tier of"
+        said = "train.full_tiers: TMP/first/adapter has all weights of transformer.h.1, transformer.h.2, of which this"
         assert found[0].startswith(said)
 
 

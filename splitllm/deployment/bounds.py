@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from splitllm.model.full import full_shapes
 from splitllm.model.lora import block_of, in_model
 from splitllm.plan import Plan
 from splitllm.recipe import (
@@ -130,11 +131,17 @@ def _within(
     return {tensor: shapes[tensor] for tensor, block in blocks.items() if start <= block < stop and block in own}
 
 
-def limits(plan: Plan) -> Limits:
-    """Bytes of one envelope, at most: a micro-batch's activations, or the states of all adapters."""
-    recipe = plan.recipe
+def limits(plan: Plan, stop: int | None = None) -> Limits:
+    """Bytes of one envelope, at most: a micro-batch's activations, or the states of all adapters.
+
+    Args:
+        plan: of the run.
+        stop: what trains in full from this block on does not travel here; None: all of it may.
+    """
+    recipe, elsewhere = plan.recipe, {block for block in plan.full if stop is not None and block >= stop}
     owners = [None] if recipe.lora.adapters == "shared" else range(next(iter(recipe.split.tiers.values())))
-    shapes = [shape for owner in owners for shape in _shapes(plan, owner).values()]
+    there = full_shapes(plan.config, elsewhere)
+    shapes = [shape for owner in owners for name, shape in _shapes(plan, owner).items() if name not in there]
     states = sum(STATES * aligned(math.prod(shape) * _itemsize(recipe)) for shape in shapes)
     with_frozen = goes_by_rounds(recipe) and recipe.rounds.rule in WITH_FROZEN
     tensors = (STATES + with_frozen) * len(shapes) + OF_MICRO_BATCH

@@ -159,7 +159,7 @@ def _reception(station: Station, door: Door, trouble: asyncio.Future[None], told
         check=admission.checked(door.check, taken_in),
         room=lambda child: room_of(recipe, under_way, len(clients_below(recipe, child))),
         coding=lambda: coding_of(recipe, station.name),
-        limits=limits(station.plan),
+        limits=limits(station.plan, station.plan.role_bounds[station.name][0]),
         back=door.back,
         away=door.away,
         left=door.left,

@@ -35,7 +35,7 @@ from splitllm.recipe import (
 )
 from splitllm.roles.assembly import Assembly, Site, coding_of, schedule_of
 from splitllm.roles.device import DeviceThread
-from splitllm.roles.sharing import drops
+from splitllm.roles.per_rank import drops
 from splitllm.roles.worker import Worker
 from splitllm.running.base import open_base
 from splitllm.running.world import Processes, World, open_world, share_cores
@@ -208,8 +208,9 @@ class Station:
         dialer = Dialer(address, parent, self.credentials, self.recipe.wire.keepalive)
         hello = {"name": self.name, "recipe": self.identity["recipe"], "model": self.identity["model"]}
         coding, waits = coding_of(self.recipe, self.name), patience(self.recipe.wire.keepalive)
+        envelopes = limits(self.plan, self.plan.role_bounds[self.name][1])
         return RemoteLink(
-            dialer.dial, parent, hello, coding, limits(self.plan), patience=waits, on_change=WayUp(parent, address)
+            dialer.dial, parent, hello, coding, envelopes, patience=waits, on_change=WayUp(parent, address)
         )
 
     def address(self) -> str:

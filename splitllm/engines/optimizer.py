@@ -71,7 +71,7 @@ class SpreadAdamW:
         self._set_rates(recipe.lr)
         self._set_steps(0)
         self._waiting: dict[nn.Parameter, Slots] = {}
-        self._known: list[Slots] | None = None
+        self._known: dict[nn.Parameter, Slots] = {}
         self.state = _State(self)
         self.tell: Tell = _alone
 
@@ -104,10 +104,10 @@ class SpreadAdamW:
             self.settle()
             if not self._steps:
                 return {}
-            if self._known is None:
+            if parameter not in self._known:
                 with self.tell("gather", 0.0, []):
-                    self._known = self._gather(0.0, [])
-            return {STEP: torch.tensor(float(self._steps)), **self._known[self._place(parameter)]}
+                    self._known = dict(zip(self._parameters, self._gather(0.0, []), strict=True))
+            return {STEP: torch.tensor(float(self._steps)), **self._known.pop(parameter)}
 
     def set_slots(self, parameter: nn.Parameter, slots: Mapping[str, torch.Tensor]) -> None:
         """Set the state of one parameter, before the next step or reading that of all of them; nothing: a new one."""
@@ -155,7 +155,7 @@ class SpreadAdamW:
             self._library.utils.safe_set_full_fp32_param(twin, value.to(twin.device))
         self._set_rates(rate)
         self._step([gradient.to(twin.device) for twin, gradient in zip(self._twins, gradients, strict=True)])
-        self._steps, self._known = self._steps + 1, None
+        self._steps, self._known = self._steps + 1, {}
 
     def _settle(self, steps: float, moments: Sequence[torch.Tensor]) -> None:
         """So many steps were taken, which have left these moments, parameter by parameter."""
@@ -164,7 +164,7 @@ class SpreadAdamW:
             for key in MOMENTS:
                 self._library.utils.safe_set_full_optimizer_state(twin, next(coming).to(twin.device), key)
         self._set_steps(int(steps))
-        self._known = None
+        self._known = {}
 
     def _gather(self, _number: float, _tensors: Sequence[torch.Tensor]) -> list[Slots]:
         """The moments of all parameters, whole."""
@@ -185,9 +185,6 @@ class SpreadAdamW:
         self._steps = steps
         for state in self._client.state.values():
             state[STEP].fill_(steps)
-
-    def _place(self, parameter: nn.Parameter) -> int:
-        return next(place for place, each in enumerate(self._parameters) if each is parameter)
 
 
 def _alone(_action: str, _number: float, _tensors: Sequence[torch.Tensor]) -> AbstractContextManager[object]:

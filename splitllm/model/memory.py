@@ -312,9 +312,8 @@ def _in_full(recipe: Recipe, config: PreTrainedConfig, name: str) -> Price:
 
 
 def _sums_at_once(recipe: Recipe, name: str) -> int:
-    """Gradients of a server at once, at most: the sum and the next, or all that wait for their turn in the sum."""
-    accumulate, clients = recipe.train.accumulate, len(clients_below(recipe, name))
-    return min(2, accumulate) if recipe.server.batching == "synchronous" else accumulate * clients
+    """Gradients of a server at once, at most: micro-batches that come before their turn in the sum wait for it."""
+    return recipe.train.accumulate * len(clients_below(recipe, name))
 
 
 def _on_server(recipe: Recipe, trained: Price, processes: int) -> Price:

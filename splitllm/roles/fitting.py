@@ -183,7 +183,7 @@ class _Remedies:
         """Elsewhere than on a server's device: its frozen weights, its optimisers, or a part of what it holds."""
         files = {"stage": 3, "offload_param": "nvme", "nvme_path": FILES}
         more: Changes = {"server.processes": 2 * self.recipe.server.processes}
-        engines: list[Changes] = [{"server.fsdp": True}, {"server.zero": {"stage": 3}}]
+        engines: list[Changes] = [{"server.fsdp": True}, {"server.zero": {"stage": 3}}, {"server.zero": {"stage": 2}}]
         return [
             [{"server.zero": {"stage": 3, "offload_param": "cpu"}}, {"server.zero": files}],
             [{"server.zero": {"stage": 2, "offload_optimizer": "cpu"}}],
@@ -225,7 +225,7 @@ class _Remedies:
     def _cuts(self) -> Iterator[Changes]:
         """One cut elsewhere: nearest first."""
         cuts, layers = list(self.recipe.split.cuts), self.config.num_hidden_layers
-        if self.recipe.split.client_cuts:
+        if self.recipe.split.client_cuts or self.recipe.train.full_tiers:  # of these it would change what trains
             return
         for distance in range(1, CUTS_TRIED + 1):
             for place, cut in enumerate(cuts):

@@ -49,18 +49,20 @@ from splitllm.recipe import (
     tier_of,
 )
 from splitllm.roles.admission import Admission, admissions
+from splitllm.roles.per_rank import Share, largest_share
 from splitllm.roles.round_ledger import RoundsHeld, rounds_held
-from splitllm.roles.sharing import Share, largest_share
 from splitllm.roles.under_way import at_once
 from splitllm.wire.codecs import codec
 
 HOLES, OF_GRAPHS, MOST_HOLES = 2.0, 0.6, 512 * MIB
-"""What glibc leaves unused between tensors: as a multiple of what one block has alive 1.0 to 2.2 were measured, of graphs
-of many blocks 0.6, and at most 421 MiB, as blocks beyond 32 MiB lie apart."""
+"""What glibc leaves unused between tensors: as a multiple of what one block has alive 1.0 to 2.2 were measured, of many
+blocks' graphs 0.6, and at most 421 MiB, as blocks beyond 32 MiB lie apart."""
 DEEPSPEED = 20 * MIB
 """Of an import of it, 18 MiB were measured."""
 WRITTEN = 1
 """Copies of its state that a role has while it writes its journal."""
+STEPPING = 3
+"""Of what DeepSpeed steps: its gradients, and two buffers of them."""
 MOMENTS = 2  # of AdamW, whose state alone is spread
 FEEDBACK_ITEM = 2  # bytes of a number that error feedback remembers, twice
 
@@ -193,11 +195,16 @@ class _Book:
         return replace(
             parts,
             activations=self._graphs(name),
-            scratch=max(self._passing(work) for work in works) + self._unpacked(name) + self.spread(name).whole,
+            scratch=max(self._passing(work) for work in works)
+            + self._unpacked(name)
+            + self.spread(name).whole
+            + self._stepping(name),
             allocator=0 if self._returns(name) else self._holes(works, self._graphs(name)),
             logits=self._logits(name),
             embeddings=self._embeddings(name),
-            messages=max(self._micro_batches(name), self._sums(name)) + self._feedback(name) + self._shared_out(name),
+            messages=max(self._micro_batches(name), self._sums(name), self._last_words(name))
+            + self._feedback(name)
+            + self._shared_out(name),
             journal=WRITTEN * (parts.adapters + self._state(name) + self._rounds(name).anchors),
             rounds=self._rounds(name).total,
         )
@@ -250,6 +257,11 @@ class _Book:
 
     def _spreads_state(self, name: str) -> bool:
         return self.recipe.server.zero.stage in (1, 2) and tier_of(self.recipe, name)[0] > 0
+
+    def _stepping(self, name: str) -> int:
+        """What a step takes beyond the graphs, which it comes after."""
+        buffers = STEPPING * self._held(name).adapters * self._spreads_state(name)
+        return max(0, buffers - self._graphs(name))
 
     def spread(self, name: str) -> Spread:
         """Where its frozen weights lie."""
@@ -397,6 +409,18 @@ class _Book:
         own = self._summed(name)
         below = sum(3 * self._summed_below(child) for child in children_of(self.recipe, name))
         return below + own + 3 * self._summed_below(name) * (parent_of(self.recipe, name) is not None)
+
+    def _last_words(self, name: str) -> int:
+        """What trains goes up when the run ends: what comes, as bytes and as tensors, and what goes up."""
+        if len(self.recipe.split.tiers) == 1:
+            return 0
+        come = sum(2 * self._trained_below(child) for child in children_of(self.recipe, name))
+        return come + 2 * self._trained_below(name) * (parent_of(self.recipe, name) is not None)
+
+    def _trained_below(self, name: str) -> int:
+        """Of a role and of all below it that train other tensors."""
+        children = children_of(self.recipe, name)
+        return self._held(name).adapters + max((self._trained_below(child) for child in children), default=0)
 
     def _summed_below(self, name: str) -> int:
         """Of a role and one of each kind below it: what it hands up."""

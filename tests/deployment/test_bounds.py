@@ -42,6 +42,13 @@ def test_the_states_of_all_adapters_fit_and_not_much_more_would(family: str, cas
     assert len(states) <= bound.tensors <= 2 * len(states)
 
 
+def test_a_client_may_send_no_more_because_servers_train_in_full() -> None:
+    adapters = plan_of(wanted("gpt2", [2, 4], "cloud"), corpus(2))
+    full = plan_of(wanted("gpt2", [2, 4], "cloud", train={"full_tiers": ["edge", "cloud"]}), corpus(2))
+    to_edge, to_cloud, anywhere = (limits(full, stop).payload_bytes for stop in (2, 4, None))
+    assert to_edge <= limits(adapters).payload_bytes < to_cloud < anywhere
+
+
 @pytest.mark.parametrize("case", ["plain", "fp32", "bf16"])
 @pytest.mark.parametrize("name", ["none", "bf16", "int8", "int4"])
 def test_the_largest_micro_batch_fits_in_any_codec(case: str, name: str) -> None:

@@ -16,8 +16,10 @@ from splitllm.model.heads import logits_bytes
 from splitllm.model.loading import Checkpoint
 from splitllm.model.lora import block_of, matched_modules
 from splitllm.model.memory import activation_bytes, hidden_bytes, recomputed_bytes, work_of
+from splitllm.model.randomness import MicroBatchId
+from splitllm.model.trainable import OrderedSum
 from splitllm.policy.admission import MIB
-from splitllm.recipe import Recipe, full_blocks
+from splitllm.recipe import Recipe, clients_below, full_blocks
 from splitllm.roles.ledger import PARTS, Ledger, Parts
 from tests.families import TARGETS, checkpoint_folder, corpus, recipe, roles_of
 from tests.grids import counts
@@ -56,7 +58,7 @@ HOLDING: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "bfloat16"},
     "local": {"rounds": ROUNDS},
     "one tier": {"cuts": ()},
-    "in full": {"train": {"full_tiers": ["edge", "cloud"], "accumulate": 1}, "server": {"batching": "synchronous"}},
+    "in full": {"train": {"full_tiers": ["edge", "cloud"]}},
 }
 
 
@@ -70,17 +72,30 @@ def test_weights_adapters_and_optimisers_are_those_of_a_run(case: str) -> None:
             parts = found.of(name)
             adapters = sum(p.nbytes for each in trained for p in each.parameters.values())
             assert parts.weights == worker.peak()["weights"], name
-            assert parts.adapters == parts.gradients == adapters, name
+            waits = case == "in full" and not name.startswith("client")
+            at_once = 2 * len(clients_below(asked, name)) if waits else 1
+            assert parts.adapters == parts.gradients / at_once == adapters, name
             assert parts.adapters + parts.optimizer == worker.peak()["adapter and optimiser"], name
 
 
-def test_weights_that_train_have_as_many_gradients_as_wait_for_their_turn_in_the_sum() -> None:
-    held: dict[tuple[str, int], float] = {}
-    for batching, accumulate in (("none", 1), ("none", 3), ("synchronous", 1), ("synchronous", 3)):
-        train = {"full_tiers": ["cloud"], "accumulate": accumulate}
-        parts = ledger(wanted(train=train, server={"batching": batching})).of("cloud")
-        held[batching, accumulate] = parts.gradients / parts.adapters
-    assert held == {("none", 1): 2, ("none", 3): 6, ("synchronous", 1): 1, ("synchronous", 3): 2}
+@pytest.mark.parametrize("batching", ["none", "synchronous"])
+def test_weights_that_train_have_a_gradient_for_each_micro_batch_that_waits_for_its_turn(batching: str) -> None:
+    train = {"full_tiers": ["cloud"], "accumulate": 3}
+    parts = ledger(wanted(train=train, server={"batching": batching})).of("cloud")
+    ids = [MicroBatchId(0, client, number) for client in range(2) for number in range(3)]
+    gradient = torch.zeros(7)
+    waiting = OrderedSum(ids)
+    for each in reversed(ids[1:]):
+        waiting.add([each], {"weight": gradient.clone()})
+    assert parts.gradients == (len(waiting._early) + 1) * parts.adapters
+
+
+def test_what_trains_goes_up_when_the_run_ends() -> None:
+    adapters, full = ledger(wanted()), ledger(wanted(train={"full_tiers": ["edge"]}))
+    at_edge = full.of("edge-0").adapters
+    assert at_edge > 10 * adapters.of("edge-0").adapters
+    assert full.of("cloud").messages >= 2 * 2 * at_edge, "of two edges, as bytes and as tensors"
+    assert full.of("client-0").messages == adapters.of("client-0").messages
 
 
 def test_replicas_in_one_process_share_their_weights_and_nothing_else() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitllm.ranks.shares import share_out
-from splitllm.roles.sharing import Share, largest_share
+from splitllm.roles.per_rank import Share, largest_share
 from tests.roles.test_ledger import model, wanted
 
 LENGTH = 8
