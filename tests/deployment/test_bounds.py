@@ -43,8 +43,8 @@ def test_the_states_of_all_adapters_fit_and_not_much_more_would(family: str, cas
 
 
 def test_a_client_may_send_no_more_because_servers_train_in_full() -> None:
-    adapters = plan_of(wanted("gpt2", [2, 4], "cloud"), corpus(2))
-    full = plan_of(wanted("gpt2", [2, 4], "cloud", train={"full_tiers": ["edge", "cloud"]}), corpus(2))
+    adapters = plan_of(recipe("gpt2", [2, 4], "cloud"), corpus(2))
+    full = plan_of(recipe("gpt2", [2, 4], "cloud", train={"full_tiers": ["edge", "cloud"]}), corpus(2))
     to_edge, to_cloud, anywhere = (limits(full, stop).payload_bytes for stop in (2, 4, None))
     assert to_edge <= limits(adapters).payload_bytes < to_cloud < anywhere
 
