@@ -176,6 +176,9 @@ class Untrained:
     def __call__(self, **inputs: Any) -> Any:
         return self.base(**inputs)
 
+    def get_base_model(self) -> Any:
+        return self.base
+
     def unload(self) -> Any:
         return self.base
 
