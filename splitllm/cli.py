@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ import typer
 
 from splitllm import __version__
 from splitllm.errors import DivergedError, PeerError, RankError, RecipeError, RunInterrupted, SplitLLMError
+
+FIRST_SPEAKS = 20.0
+"""Seconds that rank 0 has to say what is wrong: a launcher ends all ranks when the first of them ends."""
 
 app = typer.Typer(
     name="splitllm",
@@ -365,6 +369,8 @@ def _fail(message: str, *, status: int, every_rank: bool = False) -> None:
         typer.echo(message, err=True)
     elif every_rank:
         typer.echo(f"rank {rank}: {message}", err=True)
+    elif status == 2:
+        time.sleep(FIRST_SPEAKS)
     raise typer.Exit(status)
 
 
