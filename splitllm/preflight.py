@@ -349,10 +349,10 @@ def _start_fits(recipe: Recipe, config: PreTrainedConfig, shapes: Shapes) -> Non
         tensors = {name: tensor for name, tensor in tensors.items() if name not in in_full}
     matched = set(matched_modules(config, _targets(recipe)))
     stored = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in tensors}
-    if stored != {name for name in matched if _tier_trains(recipe, config, name)}:
-        wrong.append(
-            f"lora.targets: {lora.start_from} adapts other modules than this recipe: {_sample(stored, matched)}"
-        )
+    trained = {name for name in matched if _tier_trains(recipe, config, name)}
+    if stored != trained:
+        others = f"{lora.start_from} adapts other modules than this recipe: {_sample(stored, trained)}"
+        wrong.append(f"lora.targets: {others}; use its lora.targets, lora.tiers and train.full_tiers")
     elif not wrong:
         wrong += [
             f"lora.start_from: {lora.start_from}: {line}" for line in _misshapen(tensors, stored, shapes, lora)[:5]

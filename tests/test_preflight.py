@@ -355,7 +355,8 @@ def test_an_adapter_to_start_from_must_be_like_the_recipes(folder: Path, adapter
         "lora.dora: True here, False in DIR/first/adapter; set lora.dora=false",
         "lora.targets: DIR/first/adapter adapts other modules than this recipe: only in the adapter "
         "['transformer.h.0.attn.c_attn', 'transformer.h.1.attn.c_attn']; only in the recipe "
-        "['transformer.h.0.attn.c_proj', 'transformer.h.0.mlp.c_proj']",
+        "['transformer.h.0.attn.c_proj', 'transformer.h.0.mlp.c_proj']; use its lora.targets, lora.tiers and "
+        "train.full_tiers",
     ]
 
 
@@ -410,6 +411,10 @@ def test_weights_that_were_trained_in_full_are_trained_on(folder: Path, tmp_path
     train(again, tmp_path / "second")
     once, twice = (json.loads((tmp_path / run / "summary.json").read_text()) for run in ("first", "second"))
     assert once["eval_loss_after"] == twice["eval_loss_before"] != once["eval_loss_before"]
+    plain = tmp_path / "plain"
+    train(load_recipe(folder / "recipe.yaml", ["train.steps=1", "train.schedule.warmup_steps=0"]), plain)
+    found = complaints(folder, tmp_path, f"lora.start_from={plain / 'adapter'}", "train.full_tiers=[cloud]")
+    assert "only in the adapter ['transformer.h.3.attn.c_attn']; use its lora.targets, lora.tiers and" in found[0]
     for tiers in ("null", "[cloud]"):
         found = complaints(folder, tmp_path, f"lora.start_from={first / 'adapter'}", f"train.full_tiers={tiers}")
         said = "train.full_tiers: TMP/first/adapter has all weights of transformer.h.1, transformer.h.2, of which this"

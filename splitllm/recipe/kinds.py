@@ -132,6 +132,7 @@ ClientCuts = Annotated[
 ]
 Limits = Annotated[dict[str, Count], mapping_of("a mapping of tiers to MiB, such as {client: 850, edge: 8192}")]
 Tiers = Annotated[dict[str, int], BeforeValidator(_tiers)]
+ZeroStage = Annotated[Literal[1, 2, 3], _allows("1, 2 or 3")]
 TierNames = Annotated[tuple[Text, ...], Field(min_length=1), _allows("a list of tier names, such as [edge, cloud]")]
 Targets = Annotated[
     Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)],

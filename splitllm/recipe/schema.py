@@ -38,6 +38,7 @@ from splitllm.recipe.kinds import (
     TierNames,
     Tiers,
     Trackers,
+    ZeroStage,
     mapping_of,
 )
 from splitllm.recipe.misfits import covered, misfits
@@ -205,7 +206,7 @@ class ZeroRecipe(Section):
     files below `nvme_path`.
     """
 
-    stage: Literal[1, 2, 3] | None = None
+    stage: ZeroStage | None = None
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_param: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: Text | None = None

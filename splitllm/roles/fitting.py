@@ -114,7 +114,11 @@ def shortage(
 def _advice(need: Need, fitting: Sequence[Offer], best: Offer | None) -> str:
     """What would fit, with what is then needed in the same place; or how little of it would be needed."""
     if fitting:
-        return "what would fit: " + ", or ".join(f"{_said(o.changes)} ({_mib(o.needed(need))} MiB)" for o in fitting)
+        offers = ", or ".join(f"{_said(o.changes)} ({_mib(o.needed(need))} MiB)" for o in fitting)
+        several = any("server.processes" in offer.changes for offer in fitting)
+        return f"what would fit: {offers}" + (
+            "; server.processes is for servers that are started alone" if several else ""
+        )
     if best is None:
         return "nothing that was tried fits"
     least = f"{_said(best.changes)} would take {_mib(best.needed(need))} MiB of {_mib(need.room)}"

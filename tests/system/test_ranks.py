@@ -53,7 +53,7 @@ ENGINES = {  # overrides of the edge, and how far sums in fp32 may be off
 }
 ENGINES_CLOSE = 1e-3
 OF_STATE = ("zero-1", "zero-2, state in host memory")
-"""They spread the optimiser's state, and hold a part of the adapter beside it."""
+"""They spread the optimiser's state, which is too little here to be seen in MiB: tests/engines/test_optimizer.py."""
 
 
 def off(found: Path, expected: Path) -> float:
@@ -115,9 +115,7 @@ def test_two_ranks_hold_one_base_between_them(engine: str, labels: str, tmp_path
         found = [r["loss"] for r in read_records(deployment.folder / "cloud" / "metrics.jsonl") if "loss" in r]
         assert found == pytest.approx(losses, abs=1e-5)
         of_rank_0, whole = deployment.summary()["held_mib"]["edge"], held_alone(tmp_path / "one")
-        if engine in OF_STATE:
-            assert of_rank_0["adapter and optimiser"] < 0.9 * whole["adapter and optimiser"]
-        else:
+        if engine not in OF_STATE:
             assert of_rank_0["weights"] < 0.7 * whole["weights"]
 
 
