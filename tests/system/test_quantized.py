@@ -44,6 +44,7 @@ def test_processes_give_the_adapter_of_one_process_though_servers_are_killed(tmp
         assert deployment.adapter() == (tmp_path / "one" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.soak
 def test_loading_takes_little_more_than_the_quantised_weights(tmp_path: Path) -> None:
     """A shard of 420 MiB in bf16, of which the largest weight has 64 MiB."""
     script = ROOT / "scripts" / "bench_quantized.py"

@@ -238,6 +238,7 @@ def test_a_server_that_is_refused_ends_with_all_its_ranks(tmp_path: Path) -> Non
         assert deployment.complaints("edge-rank-1") == ""
 
 
+@pytest.mark.soak
 def test_ranks_of_a_server_whose_run_was_complete_end_as_it_does(tmp_path: Path) -> None:
     recipe, words = write_recipe(tmp_path), (*WORDS, "train.steps=2", "train.eval_every=null")
     with deployed(recipe, tmp_path / "run", *words) as deployment:
