@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from splitllm.model.export import tensor_shapes
 from splitllm.model.families import layout_of
-from splitllm.model.keyed import remembered
 from splitllm.model.naming import PREFIX
-from splitllm.model.shard import Shard, meta_model
+from splitllm.model.shard import Shard
 
 
 def block_names(config: PreTrainedConfig, blocks: Collection[int]) -> list[str]:
@@ -26,12 +26,8 @@ def block_names(config: PreTrainedConfig, blocks: Collection[int]) -> list[str]:
 def full_shapes(config: PreTrainedConfig, blocks: Collection[int]) -> dict[str, torch.Size]:
     """The shapes of all weights of these blocks, by their names in an adapter file; nothing is allocated."""
     prefixes = tuple(f"{PREFIX}{name}." for name in block_names(config, blocks))
-    return {name: shape for name, shape in _shapes(config).items() if name.startswith(prefixes)}
-
-
-@remembered(8)
-def _shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
-    return {PREFIX + name: weight.shape for name, weight in meta_model(config, torch.float32).named_parameters()}
+    named = ((PREFIX + name, shape) for name, shape in tensor_shapes(config).items())
+    return {name: torch.Size(shape) for name, shape in named if name.startswith(prefixes)}
 
 
 def train_in_full(shard: Shard, blocks: Collection[int]) -> dict[str, nn.Parameter]:

@@ -16,13 +16,10 @@ from transformers import PreTrainedConfig
 
 from splitllm.model.graphs import Work
 from splitllm.model.heads import logits_bytes
-from splitllm.model.lora import block_of
 from splitllm.model.machine import gives_back
 from splitllm.model.memory import (
     activation_bytes,
-    adapter_bytes,
     dtype_of,
-    full_bytes,
     has_head,
     hidden_bytes,
     recomputed_bytes,
@@ -36,12 +33,9 @@ from splitllm.model.spread_bytes import Spread, spread_bytes
 from splitllm.policy.admission import MIB
 from splitllm.recipe import (
     Recipe,
-    children_of,
     client_cuts,
     clients_below,
-    holders,
     lora_of,
-    parent_of,
     role_bounds,
     role_names,
     spreads_weights,
@@ -49,6 +43,7 @@ from splitllm.recipe import (
     tier_of,
 )
 from splitllm.roles.admission import Admission, admissions
+from splitllm.roles.message_ledger import Messages
 from splitllm.roles.per_rank import Share, largest_share
 from splitllm.roles.round_ledger import RoundsHeld, rounds_held
 from splitllm.roles.under_way import at_once
@@ -64,7 +59,6 @@ WRITTEN = 1
 STEPPING = 3
 """Of what DeepSpeed steps: its gradients, and two buffers of them."""
 MOMENTS = 2  # of AdamW, whose state alone is spread
-FEEDBACK_ITEM = 2  # bytes of a number that error feedback remembers, twice
 
 
 @dataclass(frozen=True)
@@ -187,6 +181,13 @@ class _Book:
     modules: tuple[str, ...]
     admissions: dict[str, Admission]
 
+    @cached_property
+    def _messages(self) -> Messages:
+        """What crosses the links."""
+        return Messages(
+            self.recipe, self.config, self.modules, self._rows, trained=lambda name: self._held(name).adapters
+        )
+
     # One role as a process.
 
     def role(self, name: str) -> Parts:
@@ -202,9 +203,7 @@ class _Book:
             allocator=0 if self._returns(name) else self._holes(works, self._graphs(name)),
             logits=self._logits(name),
             embeddings=self._embeddings(name),
-            messages=max(self._micro_batches(name), self._sums(name), self._last_words(name))
-            + self._feedback(name)
-            + self._shared_out(name),
+            messages=self._messages.of(name) + self._shared_out(name),
             journal=WRITTEN * (parts.adapters + self._state(name) + self._rounds(name).anchors),
             rounds=self._rounds(name).total,
         )
@@ -373,23 +372,6 @@ class _Book:
         tier, index = tier_of(self.recipe, name)
         return 2 * hidden_bytes(self.recipe, self.config, self._rows(index)) if tier == 0 else 0
 
-    # Messages.
-
-    def _micro_batches(self, name: str) -> int:
-        """Questions and answers: as they are, as bytes, and as frames; answers are kept until they have arrived."""
-        wire, above = self.recipe.wire, parent_of(self.recipe, name) is not None
-        under_way, found = at_once(self.recipe, self.config, self.modules, name), 0
-        for client in self._clients(name) if len(self.recipe.split.tiers) > 1 else []:
-            tokens = self._rows(client) * self.recipe.data.max_length
-            shape, dtype = (tokens, int(self.config.hidden_size)), dtype_of(self.recipe)
-            hidden, labels = hidden_bytes(self.recipe, self.config, self._rows(client)), 3 * 4 * tokens
-            up, down = codec(wire.up).size(shape, dtype) + labels, codec(wire.down).size(shape, dtype)
-            asked = (2 * up + down + hidden) * above
-            served = (up + hidden + labels + 2 * down) * (tier_of(self.recipe, name)[0] > 0)
-            kept = 2 * down * (tier_of(self.recipe, name)[0] > 0)
-            found += under_way * (asked + served) + kept
-        return found
-
     def _shared_out(self, name: str) -> int:
         """Of rank 0: adapters as it sent them last and the gradients of other ranks, and what comes from those."""
         others = self.processes(name) - 1
@@ -401,50 +383,6 @@ class _Book:
         """The hidden states of the largest batch that a server makes."""
         each = [hidden_bytes(self.recipe, self.config, self._rows(client)) for client in self._clients(name)]
         return self._batch([self._work(name, client) for client in self._clients(name)], each)
-
-    def _sums(self, name: str) -> int:
-        """Gradients that are summed over roles at the end of a step: what comes, the sum, and what goes up."""
-        if len(self.recipe.split.tiers) == 1:
-            return 0
-        own = self._summed(name)
-        below = sum(3 * self._summed_below(child) for child in children_of(self.recipe, name))
-        return below + own + 3 * self._summed_below(name) * (parent_of(self.recipe, name) is not None)
-
-    def _last_words(self, name: str) -> int:
-        """What trains goes up when the run ends: what comes, as bytes and as tensors, and what goes up."""
-        if len(self.recipe.split.tiers) == 1:
-            return 0
-        come = sum(2 * self._trained_below(child) for child in children_of(self.recipe, name))
-        return come + 2 * self._trained_below(name) * (parent_of(self.recipe, name) is not None)
-
-    def _trained_below(self, name: str) -> int:
-        """Of a role and of all below it that train other tensors."""
-        children = children_of(self.recipe, name)
-        return self._held(name).adapters + max((self._trained_below(child) for child in children), default=0)
-
-    def _summed_below(self, name: str) -> int:
-        """Of a role and one of each kind below it: what it hands up."""
-        children = children_of(self.recipe, name)
-        return self._summed(name) + max((self._summed_below(child) for child in children), default=0)
-
-    def _summed(self, name: str) -> int:
-        counts = holders(self.recipe, self.config.num_hidden_layers)
-        start, stop = role_bounds(self.recipe, self.config.num_hidden_layers)[name]
-        modules = [module for module in self.modules if counts[block_of(self.config, module)] > 1]
-        full = full_bytes(self.recipe, self.config, start, stop) if max(counts[start:stop], default=0) > 1 else 0
-        return adapter_bytes(self.config, self.recipe.lora, modules, start, stop, dtype_of(self.recipe)) + full
-
-    def _feedback(self, name: str) -> int:
-        """What codecs carry on from step to step: of all rows of the run, as far as there is memory for it."""
-        wire, train, tiers = self.recipe.wire, self.recipe.train, len(self.recipe.split.tiers)
-        ends = (codec(wire.up).feedback and parent_of(self.recipe, name) is not None) + (
-            codec(wire.down).feedback and tier_of(self.recipe, name)[0] > 0
-        )
-        if not ends or tiers == 1:
-            return 0
-        tokens = train.steps * train.accumulate * train.batch_size * self.recipe.data.max_length
-        every = 2 * FEEDBACK_ITEM * tokens * int(self.config.hidden_size) * len(self._clients(name)) * ends
-        return min(wire.feedback_mib * MIB, every)
 
     def _rounds(self, name: str) -> RoundsHeld:
         held = self._held(name)
@@ -461,10 +399,13 @@ class _Book:
         copies, top = self.recipe.train.processes - 1, held[-1]
         works = {self._work(name, client) for name in names for client in self._clients(name)}
         lossy = any(codec(name).lossy for name in (self.recipe.wire.up, self.recipe.wire.down))
-        feedback, whole = sum(self._feedback(name) for name in names), max(self.spread(name).whole for name in names)
+        feedback, whole = (
+            sum(self._messages.feedback(name) for name in names),
+            max(self.spread(name).whole for name in names),
+        )
         return Parts(
             weights=sum(one.weights for one in bases.values()) + copies * top.weights,
-            offloaded=sum(one.offloaded for one in bases.values()),
+            offloaded=self._on_host(names),
             adapters=adapters + copies * top.adapters,
             gradients=sum(one.gradients for one in held) + copies * top.gradients,
             optimizer=optimizer + copies * top.optimizer,
@@ -477,7 +418,7 @@ class _Book:
             embeddings=max(self._embeddings(name) for name in names),
             messages=self._crossing() * (2 if lossy else 1) + feedback,
             rounds=sum(one.total for one in rounds) + self._coordinator(),
-            journal=adapters + optimizer,
+            journal=adapters + sum(map(self._state, names)),
         )
 
     def _kind(self, name: str) -> tuple[int, ...]:
@@ -485,6 +426,11 @@ class _Book:
         tier, index = tier_of(self.recipe, name)
         bounds = role_bounds(self.recipe, self.config.num_hidden_layers)[name]
         return tier, *bounds, *([index] if tier > 0 and self.recipe.server.fsdp else [])
+
+    def _on_host(self, names: Sequence[str]) -> int:
+        """What offloading puts there: weights once for all that share them, optimisers of each role."""
+        weights = {self._kind(name): self.spread(name).host for name in names}
+        return sum(weights.values()) + sum(self._held(name).offloaded - self.spread(name).host for name in names)
 
     def _coordinator(self) -> int:
         """What a tree of whole models holds above them."""

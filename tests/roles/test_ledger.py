@@ -150,6 +150,12 @@ def test_weights_in_files_are_in_no_memory() -> None:
     assert found.of("client-0") == plain.of("client-0")
 
 
+def test_in_one_process_every_role_has_its_own_state_in_host_memory() -> None:
+    zero = {"zero": {"stage": 2, "offload_optimizer": "cpu"}}
+    found = ledger(wanted(dtype="float32", server=zero))
+    assert found.together.offloaded == sum(found.of(name).offloaded for name in ("edge-0", "edge-1", "cloud")) > 0
+
+
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_a_spread_optimiser_is_told_with_its_part_of_the_adapter(offload: str) -> None:
     asked = wanted(dtype="float32", server={"zero": {"stage": 2, "offload_optimizer": offload}})
